@@ -1,0 +1,542 @@
+"""Trains a support model: intent, scope, answer and embedding in one loss, within a time budget.
+
+Takes a corpus and a mask function, writes a checkpoint folder (config.json, model.safetensors,
+tokenizer.json, curves, settings). Calibration and the ONNX build come after it. Needs the ``train``
+extra; knows no Django and prints nothing itself (progress goes to the callback).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from assistant.modelkit import labels
+from assistant.modelkit.corpus import Answers, Corpus, Sample, Turn, augment
+from assistant.modelkit.tokens import Encoder, train_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from assistant.modelkit.student import Student
+
+IGNORE = -100
+
+
+class MaskedText(Protocol):
+    """What a mask function returns; ``parts`` mixes plain text and placeholder names."""
+
+    @property
+    def parts(self) -> Sequence[str]: ...
+
+
+Mask = Callable[[str], MaskedText]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What a run depends on; written beside the weights."""
+
+    minutes: float = 70.0
+    seed: int = 0
+    device: str = "cpu"
+    vocab_size: int = 6144
+    batch_tokens: int = 2048
+    max_tokens: int = 384
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    ema: float = 0.998
+    question_weight: float = 0.1
+    teach_weight: float = 2.0
+    scope_weight: float = 0.5
+    answer_weight: float = 1.0
+    #: Share of unlabelled text at the start and at the end of the run.
+    unlabelled: tuple[float, float] = (0.6, 0.1)
+    #: How often each source is drawn among the labelled rows.
+    mix: tuple[tuple[str, float], ...] = (
+        ("bitext", 0.30),
+        ("natural", 0.08),
+        ("written", 0.27),
+        ("out", 0.16),
+        ("written_out", 0.05),
+        ("talk", 0.06),
+        ("dialogue", 0.08),
+    )
+    answered: float = 0.45
+    checkpoint_every_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence. ``at``: index of the last ``<|assistant|>``; -1 in a target is not trained."""
+
+    ids: list[int]
+    targets: list[int]
+    weights: list[float]
+    at: int
+    intent: int
+    scope: float
+    scope_weight: float
+    teacher: int
+
+
+class ExampleMaker:
+    """Turns samples into sequences, with augmentation, a fresh answer and a fresh history."""
+
+    def __init__(
+        self, corpus: Corpus, encoder: Encoder, mask: Mask, config: TrainConfig, rng: random.Random
+    ) -> None:
+        self.encoder, self.mask, self.config, self.rng = encoder, mask, config, rng
+        self.answers: Answers = corpus.answers or Answers([])
+        self.user = encoder.id(labels.USER)
+        self.assistant = encoder.id(labels.ASSISTANT)
+        self.intents = {name: encoder.id(labels.intent_token(name)) for name in labels.INTENTS}
+        self.by_group = self._group(corpus)
+        self.unlabelled = corpus.unlabelled
+        self.teacher_index: dict[str, int] = {}
+
+    def _group(self, corpus: Corpus) -> dict[str, list[list[Sample]]]:
+        """Samples by source, then by intent, so that rare intents are drawn as often."""
+        groups: dict[str, dict[str, list[Sample]]] = {}
+        for sample in corpus.labelled + corpus.dialogues:
+            intent = sample.turns[-1].intent
+            groups.setdefault(sample.group, {}).setdefault(intent, []).append(sample)
+        return {name: list(found.values()) for name, found in groups.items()}
+
+    def draw(self, progress: float) -> Example:
+        """A random example for this point (0..1) of the run."""
+        first, last = self.config.unlabelled
+        if self.rng.random() < first + (last - first) * min(1.0, progress / 0.5):
+            return self._plain(self.rng.choice(self.unlabelled))
+        names, weights = zip(*self.config.mix, strict=True)
+        group = self.rng.choices(names, weights)[0]
+        return self._labelled(self.rng.choice(self.rng.choice(self.by_group[group])))
+
+    def _plain(self, text: str) -> Example:
+        ids = [self.user, *self._question(text), self.assistant]
+        return self._example(ids, teacher=self.teacher_index.get(text, -1))
+
+    def _labelled(self, sample: Sample) -> Example:
+        last = sample.turns[-1]
+        ids = self._history(sample)
+        start = len(ids)
+        parts = self.mask(augment(last.question, self.rng)).parts
+        ids += [self.user, *self.encoder.parts(parts), self.assistant]
+        answer = self._answer(last, parts, sample)
+        example = self._example(
+            ids,
+            answer=answer,
+            start=start,
+            intent=last.intent,
+            group=sample.group,
+            teacher=self.teacher_index.get(last.question, -1) if start == 0 else -1,
+        )
+        return example
+
+    def _history(self, sample: Sample) -> list[int]:
+        ids: list[int] = []
+        turns = sample.turns[:-1]
+        if not turns and self.rng.random() < 0.12:
+            turns = self._unrelated()
+        for turn in turns:
+            question, answer = turn.question, turn.answer
+            if sample.group == "dialogue" and self.rng.random() < 0.3:
+                question, answer = self._same_intent(turn)
+            parts = self.mask(augment(question, self.rng)).parts
+            ids += [self.user, *self.encoder.parts(parts), self.assistant]
+            ids.append(self.intents[turn.intent])
+            ids += self.encoder.answer(answer or self._written(turn.intent, parts))
+        return ids
+
+    def _unrelated(self) -> tuple[Turn, ...]:
+        """A turn about something else: a topic change must be followed, history or not."""
+        group = self.by_group[self.rng.choice(["bitext", "written", "talk"])]
+        return (self.rng.choice(self.rng.choice(group)).turns[-1],)
+
+    def _same_intent(self, turn: Turn) -> tuple[str, str | None]:
+        for group in ("written", "talk"):
+            for samples in self.by_group.get(group, []):
+                if samples[0].turns[-1].intent == turn.intent:
+                    return self.rng.choice(samples).turns[-1].question, None
+        return turn.question, turn.answer
+
+    def _question(self, text: str) -> list[int]:
+        return self.encoder.parts(self.mask(augment(text, self.rng)).parts)
+
+    def _answer(self, turn: Turn, parts: Sequence[str], sample: Sample) -> list[int]:
+        if turn.answer:
+            return self.encoder.answer(turn.answer)
+        if self.rng.random() > self.config.answered:
+            return []
+        return self.encoder.answer(self._written(turn.intent, parts))
+
+    def _written(self, intent: str, parts: Sequence[str]) -> str:
+        slots = frozenset(str(part) for part in parts if type(part) is not str)
+        return self.answers.pick(intent, slots, self.rng)
+
+    def _example(
+        self,
+        ids: list[int],
+        *,
+        answer: Sequence[int] = (),
+        start: int = 0,
+        intent: str | None = None,
+        group: str = "",
+        teacher: int = -1,
+    ) -> Example:
+        at = len(ids) - 1
+        full = ids + ([self.intents[intent], *answer] if intent and answer else [])
+        targets = [IGNORE] * len(full)
+        weights = [0.0] * len(full)
+        for position in range(start, len(full) - 1):
+            if position == at:
+                continue
+            targets[position] = full[position + 1]
+            weights[position] = (
+                self.config.answer_weight if position > at else self.config.question_weight
+            )
+        in_scope = intent != labels.OUT_OF_SCOPE
+        return Example(
+            ids=full[: self.config.max_tokens],
+            targets=targets[: self.config.max_tokens],
+            weights=weights[: self.config.max_tokens],
+            at=at,
+            intent=labels.INTENTS.index(intent) if intent and in_scope else IGNORE,
+            scope=float(in_scope),
+            # Bitext's style gives it away: in scope by style alone is not what we want to teach.
+            scope_weight=0.0 if intent is None else 0.15 if group == "bitext" else 1.0,
+            teacher=teacher,
+        )
+
+
+def batches(maker: ExampleMaker, progress: Callable[[], float]) -> Iterator[list[Example]]:
+    """Endless batches of about ``batch_tokens`` padded tokens, alike in length."""
+    while True:
+        pool = [maker.draw(progress()) for _ in range(768)]
+        pool = [example for example in pool if example.at < maker.config.max_tokens]
+        pool.sort(key=lambda example: len(example.ids))
+        cut: list[list[Example]] = [[]]
+        for example in pool:
+            if (len(cut[-1]) + 1) * len(example.ids) > maker.config.batch_tokens:
+                cut.append([])
+            cut[-1].append(example)
+        maker.rng.shuffle(cut)
+        yield from (batch for batch in cut if batch)
+
+
+@dataclass(slots=True)
+class Tensors:
+    """A batch on the device: (B, T) ids, targets and weights, (B,) everything else."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    at: torch.Tensor
+    intent: torch.Tensor
+    scope: torch.Tensor
+    scope_weight: torch.Tensor
+    teacher: torch.Tensor
+
+
+def collate(batch: Sequence[Example], device: str) -> Tensors:
+    import torch
+
+    longest = max(len(example.ids) for example in batch)
+
+    def pad(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(
+            [row + [fill] * (longest - len(row)) for row in rows], dtype=dtype, device=device
+        )
+
+    def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([getattr(e, name) for e in batch], dtype=dtype, device=device)
+
+    return Tensors(
+        ids=pad([e.ids for e in batch], 0, torch.long),
+        targets=pad([e.targets for e in batch], IGNORE, torch.long),
+        weights=pad([e.weights for e in batch], 0.0, torch.float32),
+        at=flat("at", torch.long),
+        intent=flat("intent", torch.long),
+        scope=flat("scope", torch.float32),
+        scope_weight=flat("scope_weight", torch.float32),
+        teacher=flat("teacher", torch.long),
+    )
+
+
+class Loss:
+    """The multi-task loss; remembers which ids are intents and which pair is scope."""
+
+    def __init__(self, encoder: Encoder, config: TrainConfig, teacher: torch.Tensor | None) -> None:
+        names = labels.INTENTS[:-1]
+        self.intent_ids = [encoder.id(labels.intent_token(name)) for name in names]
+        self.scope_ids = [encoder.id(labels.IN_SCOPE), encoder.id(labels.OUT_SCOPE)]
+        self.config, self.teacher = config, teacher
+
+    def __call__(self, model: Student, batch: Tensors) -> tuple[torch.Tensor, dict[str, float]]:
+        import torch
+
+        hidden = model(batch.ids)
+        pooled = hidden[torch.arange(len(batch.at)), batch.at]
+        parts = {
+            "answer": self._language(model, hidden, batch),
+            "intent": self._intent(model, pooled, batch),
+            "scope": self._scope(model, pooled, batch) * self.config.scope_weight,
+            "teach": self._teach(model, pooled, batch) * self.config.teach_weight,
+        }
+        total = torch.stack(list(parts.values())).sum()
+        return total, {name: float(value.detach()) for name, value in parts.items()}
+
+    def _language(self, model: Student, hidden: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        import torch.nn.functional as F  # noqa: N812
+
+        wanted = batch.targets != IGNORE
+        logits = model.logits(hidden[wanted])
+        loss = F.cross_entropy(logits, batch.targets[wanted], reduction="none")
+        weights = batch.weights[wanted]
+        return (loss * weights).sum() / weights.sum().clamp(min=1.0)
+
+    def _intent(self, model: Student, pooled: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        import torch.nn.functional as F  # noqa: N812
+
+        known = batch.intent != IGNORE
+        if not bool(known.any()):
+            return pooled.sum() * 0.0
+        rows = model.embed_tokens.weight[self.intent_ids]
+        logits = pooled[known] @ rows.T
+        return F.cross_entropy(logits, batch.intent[known], label_smoothing=0.05)
+
+    def _scope(self, model: Student, pooled: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        import torch.nn.functional as F  # noqa: N812
+
+        rows = model.embed_tokens.weight[self.scope_ids]
+        score = pooled @ (rows[0] - rows[1])
+        loss = F.binary_cross_entropy_with_logits(score, batch.scope, reduction="none")
+        return (loss * batch.scope_weight).sum() / batch.scope_weight.sum().clamp(min=1.0)
+
+    def _teach(self, model: Student, pooled: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        import torch.nn.functional as F  # noqa: N812
+
+        known = batch.teacher >= 0
+        if self.teacher is None or not bool(known.any()):
+            return pooled.sum() * 0.0
+        wanted = self.teacher[batch.teacher[known]].float()
+        return 1.0 - F.cosine_similarity(model.teach(pooled[known]), wanted).mean()
+
+
+# -- the run -------------------------------------------------------------------------------------
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Warm-up over the first 2 %, then a cosine to a twentieth."""
+    if progress < 0.02:
+        return config.learning_rate * (0.05 + progress / 0.02 * 0.95)
+    return config.learning_rate * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Run:
+    """One training run that can stop and resume: weights, average, optimiser, clock."""
+
+    def __init__(self, model: Student, config: TrainConfig, folder: Path) -> None:
+        import torch
+
+        self.model, self.config, self.folder = model, config, folder
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        plain = [p for p in model.parameters() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": decay, "weight_decay": config.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.steps, self.tokens, self.elapsed_s = 0, 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def progress(self) -> float:
+        return self.elapsed_s / (self.config.minutes * 60)
+
+    def step(self, loss: Loss, batch: Tensors) -> dict[str, float]:
+        import torch
+
+        rate = learning_rate(self.config, self.progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        total, parts = loss(self.model, batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        keep = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - keep)
+        self.steps += 1
+        self.tokens += batch.ids.numel()
+        return parts
+
+    def save(self) -> None:
+        """A checkpoint that ``resume`` takes; written whole or not at all."""
+        import torch
+
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "clock": [self.steps, self.tokens, self.elapsed_s],
+            "curve": self.curve,
+        }
+        temporary = self.folder / "checkpoint.tmp"
+        torch.save(state, temporary)
+        temporary.replace(self.folder / "checkpoint.pt")
+
+    def resume(self) -> bool:
+        import torch
+
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True, map_location=self.config.device)
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.steps, self.tokens, self.elapsed_s = state["clock"]
+        self.curve = state["curve"]
+        return True
+
+
+def train(
+    corpus: Corpus,
+    mask: Mask,
+    folder: Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    progress: Progress = lambda line: None,
+) -> Student:
+    """Trains for ``config.minutes`` and writes the averaged weights to ``folder``.
+
+    ``start``: a checkpoint folder to fine-tune (its tokenizer is kept). Raises: FileNotFoundError.
+    """
+    import torch
+
+    from assistant.modelkit.student import Shape, Student, save_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    encoder = _tokenizer(corpus, folder, config, start)
+    model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size())).to(config.device)
+    if start is not None:
+        _load_weights(model, start)
+    maker = ExampleMaker(corpus, encoder, mask, config, random.Random(config.seed))  # noqa: S311
+    teacher = _teacher(maker, corpus, mask, folder, config, progress)
+    run = Run(model, config, folder)
+    if resume and run.resume():
+        progress(f"resumed at step {run.steps:,}, {run.progress:.0%} of the time budget")
+    _write_settings(folder, corpus, config)
+    _loop(run, maker, Loss(encoder, config, teacher), progress)
+    model.load_state_dict(run.average)
+    save_checkpoint(model, folder)
+    plot_curves(run.curve, folder / "curves.png")
+    return model
+
+
+def plot_curves(curve: Sequence[dict[str, float]], path: Path) -> None:
+    """Each part of the loss over the run, one panel a part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in (curve[0] if curve else {}) if name != "at"]
+    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(12, 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=False):
+        axis.plot([100 * row["at"] for row in curve], [row[name] for row in curve], linewidth=1)
+        axis.set(title=name, xlabel="% of the run")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def _loop(run: Run, maker: ExampleMaker, loss: Loss, progress: Progress) -> None:
+    last_saved = last_said = time.monotonic()
+    sums: dict[str, float] = {}
+    since = 0
+    for batch in batches(maker, lambda: run.progress):
+        began = time.monotonic()
+        for name, value in run.step(loss, collate(batch, run.config.device)).items():
+            sums[name] = sums.get(name, 0.0) + value
+        since += 1
+        now = time.monotonic()
+        run.elapsed_s += now - began
+        if now - last_said > 15:
+            run.curve.append({"at": run.progress} | {k: v / since for k, v in sums.items()})
+            progress(_line(run, {k: v / since for k, v in sums.items()}))
+            last_said, since, sums = now, 0, {}
+        if now - last_saved > run.config.checkpoint_every_s or run.progress >= 1:
+            run.save()
+            last_saved = now
+        if run.progress >= 1:
+            return
+
+
+def _line(run: Run, means: dict[str, float]) -> str:
+    losses = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+    left = run.config.minutes - run.elapsed_s / 60
+    rate = run.tokens / max(1.0, run.elapsed_s)
+    return (
+        f"{run.progress:4.0%}  step {run.steps:,}  {losses}  {rate:,.0f} tok/s  {left:.0f} min left"
+    )
+
+
+def _tokenizer(corpus: Corpus, folder: Path, config: TrainConfig, start: Path | None) -> Encoder:
+    target = folder / "tokenizer.json"
+    if start is not None:
+        target.write_bytes((start / "tokenizer.json").read_bytes())
+    if not target.exists():
+        texts = [sample.turns[-1].question for sample in corpus.labelled]
+        texts += corpus.unlabelled
+        texts += (corpus.answers.texts() if corpus.answers else []) * 20
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        tokenizer.encode_special_tokens = True
+        tokenizer.save(str(target))
+    return Encoder.load(target)
+
+
+def _load_weights(model: Student, start: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(start / "model.safetensors")
+    state = {name.removeprefix("model."): value for name, value in found.items()}
+    model.load_state_dict(state, strict=False)
+
+
+def _teacher(
+    maker: ExampleMaker,
+    corpus: Corpus,
+    mask: Mask,
+    folder: Path,
+    config: TrainConfig,
+    progress: Progress,
+) -> torch.Tensor | None:
+    from assistant.modelkit.distil import teacher_embeddings
+
+    if config.teach_weight <= 0:
+        return None
+    texts = [s.turns[-1].question for s in corpus.labelled] + corpus.unlabelled
+    maker.teacher_index = {text: at for at, text in enumerate(texts)}
+    return teacher_embeddings(texts, folder / "teacher.npz", config.device, progress)
+
+
+def _write_settings(folder: Path, corpus: Corpus, config: TrainConfig) -> None:
+    settings = {"config": asdict(config), "corpus": corpus.report}
+    (folder / "training.json").write_text(json.dumps(settings, indent=2) + "\n")

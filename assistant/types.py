@@ -1,0 +1,83 @@
+"""What crosses the boundary between a conversation and whatever answers it.
+
+Frozen values only: no Django, no arrays, no tokens. A backend takes ``Message``s and ``Params`` and
+yields ``Event``s: one ``Started``, any number of ``Delta``s, one ``Finished``. Failures are raised,
+never yielded (see ``assistant.errors``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "cancelled"]
+#: Answer; answer with caution; better let somebody else answer; a polite "that is not ours".
+Band = Literal["answer", "caution", "hand_on", "out_of_scope"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation as people see it; ``intent`` only on an assistant's turn."""
+
+    role: Role
+    text: str
+    intent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """How to write the answer. ``temperature=0`` is greedy; ``top_k=0`` means no limit."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    #: Values the caller knows about this user, by placeholder name; they win over settings.
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and written."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The answer is about to be shown. ``confidence`` and ``scope`` are calibrated, 0..1.
+
+    ``intent`` is the best intent of the closed set (also when the question is out of scope), or
+    None for a model without intents. ``scope`` is the probability that the question is in scope.
+    ``band`` is what the model's own fitted thresholds say of the answer that follows.
+    """
+
+    model: str
+    intent: str | None = None
+    confidence: float | None = None
+    scope: float | None = None
+    band: Band = "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More text to show, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a good answer. ``logprob`` is the mean log-probability of its tokens (nats)."""
+
+    reason: FinishReason
+    usage: Usage
+    logprob: float | None = None
+
+
+Event = Started | Delta | Finished
