@@ -9,7 +9,7 @@
     ├── Conflict                    conflict           no         an answer is being written already
     ├── RateLimited                 rate_limited       no         too many requests by one caller
     ├── Overloaded                  overloaded         no         the queue is full
-    ├── ModelUnavailable            model_unavailable  yes        files missing or altered, not started
+    ├── ModelUnavailable            model_unavailable  yes        files missing or altered
     └── GenerationFailed            generation_failed  no         the engine or the peer broke
 
 A message says what happened, why, and what to do next; it never holds a user's text.

@@ -42,7 +42,8 @@ _VALUES = re.compile(
     rf"""
     (?P<Email>[\w.+-]{{1,64}}@[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{1,4}})
   | (?P<Amount>(?:[$€£₹]|\b(?:usd|eur|gbp|inr|rs\.?)\s?)\s?(?:{_NUMBER})(?!\w)
-      | (?<![\w#-])(?:{_NUMBER})\s?(?:[$€£₹]|(?:usd|eur|gbp|inr|dollars?|euros?|pounds?|bucks|quid)\b))
+      | (?<![\w#-])(?:{_NUMBER})\s?
+        (?:[$€£₹]|(?:usd|eur|gbp|inr|dollars?|euros?|pounds?|bucks|quid)\b))
   | (?P<Date>(?<!\d)\d{{4}}-\d{{1,2}}-\d{{1,2}}(?!\d)
       | (?<![\d/])\d{{1,2}}[/.]\d{{1,2}}[/.]\d{{2,4}}(?![\d/])
       | \b{_MONTH}\s\d{{1,2}}(?:st|nd|rd|th)?(?:,?\s\d{{4}})?\b
@@ -52,7 +53,8 @@ _VALUES = re.compile(
   | (?P<Number>(?<![\w#-])\#?\s?[A-Za-z]{{1,4}}[-\#]?\d{{3,}}(?:-\d+)*\b
       | (?<![\w#])\#\s?\d{{3,}}\b
       | (?<![\w#-])\d{{5,}}(?:-\d+)*\b)
-  | \b(?:my\ name\ is|my\ name's|name\ is|this\ is)\s(?P<Name>[A-Z][\w'-]{{1,30}}(?:\s[A-Z][\w'-]{{1,30}})?)
+  | \b(?:my\ name\ is|my\ name's|name\ is|this\ is)\s
+        (?P<Name>[A-Z][\w'-]{{1,30}}(?:\s[A-Z][\w'-]{{1,30}})?)
     """,
     re.VERBOSE | re.IGNORECASE,
 )

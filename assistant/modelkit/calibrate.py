@@ -127,7 +127,9 @@ def _figures(
     scores, names = natural
     held = slice(1, None, 2)
     chances = scoring.softmax(scores.intents[held] / fitted.temperature)
-    right = [labels.INTENTS[at] == name for at, name in zip(chances.argmax(1), names[held], strict=True)]
+    right = [
+        labels.INTENTS[at] == name for at, name in zip(chances.argmax(1), names[held], strict=True)
+    ]
     figures["natural_ece"] = scoring.ece(chances.max(1), right)
     figures["natural_coverage_at_5pct_error"] = scoring.coverage_at_error(chances.max(1), right)
     figures["scope_auroc"] = scoring.auroc(scores.scope, outside[0].scope)
@@ -150,9 +152,7 @@ def write_card_source(
         "intents": {i: encoder.id(labels.intent_token(i)) for i in labels.INTENTS},
         "smalltalk": list(labels.SMALL_TALK),
         "scope": {"in": encoder.id(labels.IN_SCOPE), "out": encoder.id(labels.OUT_SCOPE)},
-        "placeholders": {
-            p: encoder.id(labels.placeholder_token(p)) for p in labels.PLACEHOLDERS
-        },
+        "placeholders": {p: encoder.id(labels.placeholder_token(p)) for p in labels.PLACEHOLDERS},
         "calibration": asdict(fitted),
         "quality": {"development": figures},
     }

@@ -96,7 +96,7 @@ def written(name: str) -> list[dict[str, Any]]:
 # -- Bitext's placeholders become surface values, so that one mask serves training and serving ---
 
 _VALUE_OF: dict[str, Callable[[random.Random], str]] = {
-    "Order Number": lambda rng: _order_number(rng),
+    "Order Number": lambda rng: rng.choice(["", "", "", "#", "ORD-"]) + _digits(rng),
     "Invoice Number": lambda rng: rng.choice(["#", "INV-", ""]) + str(rng.randrange(10000, 10**7)),
     "Person Name": lambda rng: rng.choice(
         ["Mr. Jones", "Ms. Green", "Anna Smith", "my wife", "Mrs. Patel", "Tom", "Dr. Lee"]
@@ -111,14 +111,14 @@ _VALUE_OF: dict[str, Callable[[random.Random], str]] = {
 _PLACEHOLDER = re.compile(r"\{\{([^}]+)\}\}")
 
 
-def _order_number(rng: random.Random) -> str:
-    digits = str(rng.randrange(10**4, 10 ** rng.randrange(5, 12)))
-    return rng.choice(["", "", "", "#", "ORD-"]) + digits
+def _digits(rng: random.Random) -> str:
+    return str(rng.randrange(10**4, 10 ** rng.randrange(5, 12)))
 
 
 def _surface(text: str, rng: random.Random) -> str:
     return _PLACEHOLDER.sub(
-        lambda match: _VALUE_OF.get(match[1], lambda _: match[1].lower())(rng), text
+        lambda match: _VALUE_OF[match[1]](rng) if match[1] in _VALUE_OF else match[1].lower(),
+        text,
     )
 
 
@@ -228,7 +228,8 @@ class HeldOut:
 
 #: CLINC150 labels that a shop's desk may well be asked: neither in nor out.
 _CLINC_UNCLEAR = frozenset(
-    "order cancel card_declined report_fraud maybe repeat change_user_name text pay_bill".split()
+    {"order", "cancel", "card_declined", "report_fraud", "pay_bill", "change_user_name"}
+    | {"maybe", "repeat", "text"}
 )
 _CLINC_TALK = {
     "greeting": "greeting",

@@ -37,9 +37,7 @@ def teacher_embeddings(
     return torch.from_numpy(np.stack([known[key] for key in keys])).to(device)
 
 
-def _embed(
-    texts: Sequence[str], device: str, progress: Callable[[str], None]
-) -> torch.Tensor:
+def _embed(texts: Sequence[str], device: str, progress: Callable[[str], None]) -> torch.Tensor:
     import torch
 
     tokenizer, model = _load(device)

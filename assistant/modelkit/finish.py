@@ -1,4 +1,4 @@
-"""From trained weights to a folder that can ship: calibrate, build, judge the build, write the card.
+"""From trained weights to a folder that can ship: calibrate, build, judge, write the card.
 
 The judging runs the built model in the real engine, on development rows that training never saw.
 """
@@ -144,9 +144,7 @@ def _turn(mask: Mask, text: str) -> ChatTurn:
 def _reply(engine: Engine, question: str, generation: Any) -> Reply:
     assert engine.codec is not None and engine.manifest is not None
     stream = engine.codec.stream()
-    text = "".join(
-        stream.push(token.id) for tokens in generation.tokens_sync() for token in tokens
-    )
+    text = "".join(stream.push(token.id) for tokens in generation.tokens_sync() for token in tokens)
     verdict = generation.verdict
     names = {id_: name for name, id_ in engine.manifest.intents.items()}
     return Reply(

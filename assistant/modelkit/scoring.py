@@ -105,7 +105,9 @@ def loops(text: str, length: int = 6, times: int = 3) -> bool:
 
 def similarity(one: str, other: str) -> float:
     """Character-trigram Jaccard, 0..1; 1 for equal texts."""
-    grams = [{text[at : at + 3] for at in range(len(text) - 2)} for text in (_fold(one), _fold(other))]
+    grams = [
+        {text[at : at + 3] for at in range(len(text) - 2)} for text in (_fold(one), _fold(other))
+    ]
     return len(grams[0] & grams[1]) / max(1, len(grams[0] | grams[1]))
 
 
@@ -147,7 +149,7 @@ def fit_temperature(logits: Floats, wanted: NDArray[np.int64]) -> float:
 
 
 def fit_scope(score_in: Floats, score_out: Floats) -> tuple[float, float]:
-    """(temperature, bias) of p(in) = sigmoid(score / temperature + bias), both sides weighted alike.
+    """(temperature, bias) of p(in) = sigmoid(score / temperature + bias), both sides alike.
 
     Source: Platt 1999, by a grid: two parameters and no dependency.
     """

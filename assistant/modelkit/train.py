@@ -434,7 +434,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     encoder = _tokenizer(corpus, folder, config, start)
-    model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size())).to(config.device)
+    model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size()))
+    model.to(config.device)
     if start is not None:
         _load_weights(model, start)
     maker = ExampleMaker(corpus, encoder, mask, config, random.Random(config.seed))  # noqa: S311

@@ -1,0 +1,249 @@
+"""row8 and int4: close to fp32, and an answer that no neighbour can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from assistant.modelkit.checkpoint import SHAPES, Checkpoint, ModelShape, write_checkpoint
+from assistant.modelkit.graph import Scheme, Weight, Writer, build_graph
+from assistant.modelkit.quality import Batch, Floor, Quality, compare, generate, open_session
+from assistant.modelkit.quantise import (
+    SCHEMES,
+    Int4,
+    QuantError,
+    Row8,
+    quantise_blocks,
+    quantise_rows,
+    scheme,
+)
+
+#: Wide enough for every kernel's full-width path, small enough for hundreds of runs.
+SHAPE = ModelShape(160, 3, 5, 1, 32, 288, 700)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPE, seed=11)
+
+
+@pytest.fixture(scope="module")
+def sessions(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {quant: _session(checkpoint, quant) for quant in SCHEMES}
+
+
+def _session(checkpoint: Checkpoint, quant: str) -> Any:
+    model = build_graph(checkpoint, scheme(quant), context_tokens=128)
+    return open_session(model.SerializeToString())
+
+
+def _prompts(rng: np.random.Generator, count: int) -> list[list[int]]:
+    return [rng.integers(20, 700, rng.integers(1, 24)).tolist() for _ in range(count)]
+
+
+# --- Independence of neighbours -------------------------------------------------------------------
+
+
+def _in_company(session: Any, rng: np.random.Generator, prompts: list[list[int]]) -> list[Any]:
+    """Each prompt's log-probabilities over six tokens, in a batch of random chunks and idle rows.
+
+    Every row reads its prompt in chunks of its own and rests at random, so that prefill, decoding
+    and idle rows meet in one run.
+    """
+    batch = Batch(session, SHAPE, len(prompts), 80)
+    todo = [list(prompt) for prompt in prompts]
+    seen: list[list[np.ndarray]] = [[] for _ in prompts]
+    while any(len(rows) < 6 for rows in seen):
+        rows: list[list[int]] = []
+        for row, tokens in enumerate(todo):
+            idle = len(seen[row]) == 6 or rng.random() < 0.2
+            size = int(rng.integers(2, 12))
+            # a chunk of one token is the one cut that the attention kernel does not hide
+            rows.append([] if idle else tokens[: size + (len(tokens) == size + 1)])
+        if not any(rows):
+            continue
+        logprobs = iter(batch.step(rows))
+        for row, chunk in enumerate(rows):
+            if not chunk:
+                continue
+            found = next(logprobs).copy()
+            todo[row] = todo[row][len(chunk) :]
+            if not todo[row]:
+                seen[row].append(found)
+                todo[row] = [int(found.argmax())]
+    return [np.array(rows) for rows in seen]
+
+
+def test_row8_alone_equals_row8_in_any_batch_bit_for_bit(sessions: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(25):
+        prompts = _prompts(rng, int(rng.integers(2, 9)))
+        for prompt, found in zip(prompts, _in_company(sessions["row8"], rng, prompts), strict=True):
+            batch = Batch(sessions["row8"], SHAPE, 1, 64)
+            alone = [batch.step([prompt])[0].copy()]
+            while len(alone) < 6:
+                alone.append(batch.step([[int(alone[-1].argmax())]])[0].copy())
+            np.testing.assert_array_equal(found, np.array(alone))
+
+
+def test_row8_greedy_ids_do_not_depend_on_the_batch(sessions: dict[str, Any]) -> None:
+    rng = np.random.default_rng(2)
+    prompts = _prompts(rng, 48)
+    together = generate(sessions["row8"], SHAPE, prompts, 16)
+    for prompt, ids in zip(prompts, together, strict=True):
+        np.testing.assert_array_equal(generate(sessions["row8"], SHAPE, [prompt], 16)[0], ids)
+
+
+def test_an_outlier_beside_a_row_does_not_move_it(checkpoint: Checkpoint) -> None:
+    """The reason why one scale for the whole batch is refused, on a single product."""
+    calm = np.random.default_rng(3).standard_normal((4, 160)).astype(np.float32)
+    wild = np.concatenate([calm, np.full((1, 160), 1e4, np.float32)])
+    run = _product(checkpoint.tensor("model.layers.0.mlp.up_proj.weight"))
+    np.testing.assert_array_equal(run(wild)[:4], run(calm))
+
+
+# --- Closeness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quant", "most"), [("row8", 0.06), ("int4", 0.40)])
+def test_a_quantised_build_stays_close_to_fp32(
+    quant: str, most: float, sessions: dict[str, Any]
+) -> None:
+    tokens = np.random.default_rng(4).integers(20, 700, 60).tolist()
+    right, found = (
+        Batch(sessions[name], SHAPE, 1, 64).step([tokens], every=True) for name in ("fp32", quant)
+    )
+    error = np.sqrt(((found - right) ** 2).mean() / right.var())
+    assert 1e-4 < error < most
+
+
+def test_a_build_compared_with_itself_is_perfect(sessions: dict[str, Any]) -> None:
+    prompts = _prompts(np.random.default_rng(5), 20)
+    quality = compare(sessions["row8"], sessions["row8"], SHAPE, prompts)
+    assert quality == Quality(20, 16, 1.0, 1.0, 1.0, 1.0)
+    assert quality.meets(Floor(1.0, 1.0))
+
+
+def test_other_weights_fall_below_the_floor(sessions: dict[str, Any], tmp_path: Path) -> None:
+    other = _session(write_checkpoint(tmp_path, SHAPE, seed=12), "fp32")
+    prompts = _prompts(np.random.default_rng(6), 20)
+    quality = compare(sessions["fp32"], other, SHAPE, prompts)
+    assert quality.greedy_agreement < 0.1
+    assert quality.perplexity_ratio > 2
+    assert not quality.meets(Floor(0.5, 1.5))
+
+
+def test_what_follows_the_end_token_is_not_judged(sessions: dict[str, Any]) -> None:
+    prompts = _prompts(np.random.default_rng(7), 12)
+    answers = generate(sessions["fp32"], SHAPE, prompts, 16)
+    whole = compare(sessions["fp32"], sessions["int4"], SHAPE, prompts)
+    end = int(answers[0, 0])
+    short = compare(sessions["fp32"], sessions["int4"], SHAPE, prompts[:1], end=end)
+    assert short.greedy_agreement in (0.0, 1.0), "one token is judged, the end itself"
+    assert short.perplexity_ratio == 1.0
+    assert 0 < whole.greedy_agreement < 1
+
+
+# --- The pieces -----------------------------------------------------------------------------------
+
+
+def _product(weight: np.ndarray, kind: Callable[[Writer], Scheme] = Row8) -> Any:
+    """The scheme's product with one weight, as a function."""
+    from onnx import TensorProto, helper
+
+    writer = Writer()
+    (name,) = kind(writer).matmuls("x", Weight("w", weight))
+    graph = helper.make_graph(
+        writer.nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", weight.shape[1]])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", weight.shape[0]])],
+        list(writer.constants.values()),
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = open_session(model.SerializeToString())
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+def test_row8_multiplies_as_plain_integers_say() -> None:
+    rng = np.random.default_rng(8)
+    weight = rng.standard_normal((33, 70)).astype(np.float32)
+    x = rng.standard_normal((9, 70)).astype(np.float32)
+    values, scales = quantise_rows(weight)
+    peak = np.abs(x).max(axis=1, keepdims=True)
+    small = np.rint(x / peak * np.float32(127)).astype(np.int64)
+    wanted = (small @ values.T.astype(np.int64)) * (scales / 127) * peak
+    # A value that lies on the edge of a step may fall to either side: one step of one input.
+    np.testing.assert_allclose(_product(weight)(x), wanted, atol=0.1, rtol=0)
+    assert np.median(np.abs(_product(weight)(x) - wanted)) < 1e-5
+
+
+def test_a_row_of_zeros_stays_zero_and_spoils_nobody() -> None:
+    weight = np.random.default_rng(9).standard_normal((16, 32)).astype(np.float32)
+    x = np.random.default_rng(10).standard_normal((3, 32)).astype(np.float32)
+    x[1] = 0
+    found = _product(weight)(x)
+    np.testing.assert_array_equal(found[1], 0)
+    assert np.isfinite(found).all()
+
+
+def test_int8_rows_come_back_within_half_a_step() -> None:
+    matrix = np.random.default_rng(11).standard_normal((40, 64)).astype(np.float32)
+    matrix[7] = 0
+    values, scales = quantise_rows(matrix)
+    error = np.abs(values * scales[:, None] - matrix)
+    assert (error <= scales[:, None] * 0.5001).all()
+    assert (error[7] == 0).all()
+    assert np.abs(values).max() == 127
+
+
+def test_int4_blocks_come_back_within_a_step() -> None:
+    matrix = np.random.default_rng(12).standard_normal((5, 80)).astype(np.float32)
+    matrix[2, 32:64] = 0
+    packed, scales = quantise_blocks(matrix)
+    assert packed.shape == (5, 3, 16), "80 inputs take three blocks, the last one padded"
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(5, 3, 32).astype(np.int64)
+    back = ((codes - 8) * scales[..., None]).reshape(5, 96)
+    steps = np.repeat(np.abs(scales), 32, axis=1)
+    assert (np.abs(back[:, :80] - matrix) <= steps[:, :80] * 1.001).all()
+    assert (back[:, 80:] == 0).all()
+    assert (back[2, 32:64] == 0).all()
+
+
+def test_int4_multiplies_with_the_weights_it_stored() -> None:
+    rng = np.random.default_rng(13)
+    weight = rng.standard_normal((48, 160)).astype(np.float32)
+    x = rng.standard_normal((9, 160)).astype(np.float32)
+    packed, scales = quantise_blocks(weight)
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(48, 5, 32).astype(np.float32)
+    stored = ((codes - 8) * scales[..., None]).reshape(48, 160)
+    found = _product(weight, Int4)(x)
+    np.testing.assert_allclose(found, x @ stored.T, atol=0.02 * found.std() * 3, rtol=0)
+    error = np.sqrt(((found - x @ weight.T) ** 2).mean()) / found.std()
+    assert error < 0.15
+
+
+def test_one_int8_matrix_serves_embedding_and_head(tmp_path: Path) -> None:
+    for quant in ("row8", "int4"):
+        checkpoint = write_checkpoint(tmp_path / quant, SHAPE)
+        model = build_graph(checkpoint, scheme(quant), context_tokens=64)
+        large = [tensor for tensor in model.graph.initializer if 700 in tensor.dims]
+        assert sorted(list(tensor.dims) for tensor in large) == [[160, 700], [700]]
+
+
+def test_the_shape_that_ships_takes_nine_megabytes(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, SHAPES["9m"])
+    model = build_graph(checkpoint, scheme("row8"), context_tokens=1024)
+    assert 8.5e6 < model.ByteSize() < 10e6
+
+
+def test_dynamic_is_refused_with_the_reason() -> None:
+    with pytest.raises(QuantError, match="one activation scale for the whole batch"):
+        scheme("dynamic")
+    with pytest.raises(QuantError, match="Known: row8, int4, fp32"):
+        scheme("int2")
