@@ -30,7 +30,7 @@ import numpy as np
 from assistant.engine.manifest import MODEL, Manifest
 from assistant.engine.runner import Batch, OnnxRunner, Runner, batching_error
 from assistant.engine.sampling import FirstTokenRule, Floats, Sampler, Sampling, Verdict, judge
-from assistant.engine.scheduler import FinishReason, Rates, Request, Scheduler, Step
+from assistant.engine.scheduler import LEAST_CHUNK, FinishReason, Rates, Request, Scheduler, Step
 from assistant.engine.text import Codec
 
 
@@ -74,8 +74,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if min(self.max_batch, self.max_queue, self.max_queue_tokens) < 1 or self.threads < 0:
             raise ValueError("max_batch, max_queue and max_queue_tokens start at 1, threads at 0")
-        if self.step_tokens < self.max_batch or self.context_tokens < 8:
-            raise ValueError("step_tokens must be at least max_batch, context_tokens at least 8")
+        if self.step_tokens < self.max_batch + LEAST_CHUNK or self.context_tokens < 8:
+            raise ValueError(
+                f"step_tokens must be at least max_batch + {LEAST_CHUNK}, context_tokens at least 8"
+            )
 
 
 @dataclass(frozen=True, slots=True)

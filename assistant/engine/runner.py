@@ -234,17 +234,16 @@ class _Binding:
 def runs(batch: Batch, slots: int) -> Iterator[tuple[slice, int, int]]:
     """How to split a step: (rows, lowest slot, number of slots) of each run.
 
-    One run for all, or decode rows in one and prompts in another: padding short rows to a long
-    chunk costs more than a second run once many rows decode. A pure function of the batch.
+    Decode rows run by themselves: the attention operator rounds a row of one token differently
+    from the same row in a longer square, and an answer must not depend on who else is asking.
+    Prompts share a run, or have one each where padding costs more. A pure function of the batch.
     """
     count = len(batch.slots)
     long = np.flatnonzero(batch.counts > 1)
     first = int(long[0]) if long.size else count
-    whole = [slice(0, count)]
     split = [slice(0, first)] * (first > 0) + [slice(first, count)] * (first < count)
     alone = split[: first > 0] + [slice(row, row + 1) for row in range(first, count)]
-    plans = (whole, split, alone) if first < count else (whole,)
-    best = min(plans, key=lambda plan: sum(_cost(batch, rows, slots) for rows in plan))
+    best = min((split, alone), key=lambda plan: sum(_cost(batch, rows, slots) for rows in plan))
     for rows in best:
         yield rows, *_range(batch.slots[rows], slots)
 

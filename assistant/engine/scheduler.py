@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+#: Beside a full batch of decode rows but one, a prompt can always move on: see ``_chunk``.
+LEAST_CHUNK = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +61,10 @@ class Scheduler:
     """First come, first served; the lowest free slot first, so that busy slots stay together."""
 
     def __init__(self, *, slots: int, step_tokens: int) -> None:
-        if step_tokens < slots:
-            raise ValueError(f"step_tokens ({step_tokens}) must be at least max_batch ({slots})")
+        if step_tokens < slots + LEAST_CHUNK:
+            raise ValueError(
+                f"step_tokens ({step_tokens}) must be at least max_batch + {LEAST_CHUNK} ({slots})"
+            )
         self._step_tokens = step_tokens
         self._free = list(range(slots))
         self.waiting: deque[Request] = deque()
@@ -93,8 +97,8 @@ class Scheduler:
         budget = self._step_tokens - len(chunks)
         for request in self.running:
             missing = len(request.prompt) - request.cached
-            if missing > 0 and budget > 0:
-                count = min(missing, budget)
+            count = _chunk(missing, budget)
+            if count > 0:
                 chunks.append(Chunk(request, request.cached, count, count == missing))
                 budget -= count
         return Step(admitted, chunks)
@@ -127,6 +131,15 @@ class Scheduler:
 
     def cached_tokens(self) -> int:
         return sum(request.cached for request in self.running)
+
+
+def _chunk(missing: int, budget: int) -> int:
+    """Prompt tokens to run now. Never one of several, nor all but one: a chunk of one token is
+    rounded differently in attention, and how a prompt was cut must not show in the answer."""
+    count = min(missing, budget)
+    if missing - count == 1:
+        count -= 1
+    return count if count >= 2 or count == missing else 0
 
 
 @dataclass(slots=True)

@@ -112,9 +112,11 @@ class ExampleMaker:
     def draw(self, progress: float) -> Example:
         """A random example for this point (0..1) of the run."""
         first, last = self.config.unlabelled
-        if self.rng.random() < first + (last - first) * min(1.0, progress / 0.5):
+        share = first + (last - first) * min(1.0, progress / 0.5)
+        if self.unlabelled and self.rng.random() < share:
             return self._plain(self.rng.choice(self.unlabelled))
-        names, weights = zip(*self.config.mix, strict=True)
+        mix = [(name, weight) for name, weight in self.config.mix if name in self.by_group]
+        names, weights = zip(*mix, strict=True)
         group = self.rng.choices(names, weights)[0]
         return self._labelled(self.rng.choice(self.rng.choice(self.by_group[group])))
 
@@ -425,6 +427,7 @@ def train(
 ) -> Student:
     """Trains for ``config.minutes`` and writes the averaged weights to ``folder``.
 
+    A run that is interrupted (Ctrl-C) keeps a checkpoint of its last step for ``resume``.
     ``start``: a checkpoint folder to fine-tune (its tokenizer is kept). Raises: FileNotFoundError.
     """
     import torch
@@ -444,7 +447,11 @@ def train(
     if resume and run.resume():
         progress(f"resumed at step {run.steps:,}, {run.progress:.0%} of the time budget")
     _write_settings(folder, corpus, config)
-    _loop(run, maker, Loss(encoder, config, teacher), progress)
+    try:
+        _loop(run, maker, Loss(encoder, config, teacher), progress)
+    except KeyboardInterrupt:
+        run.save()
+        raise
     model.load_state_dict(run.average)
     save_checkpoint(model, folder)
     plot_curves(run.curve, folder / "curves.png")

@@ -66,7 +66,7 @@ def settled(engine: Engine) -> None:
 
 
 def test_an_answer_is_what_the_model_writes_alone(make_engine: MakeEngine) -> None:
-    engine, runner = make_engine(step_tokens=5)
+    engine, runner = make_engine(step_tokens=6)
     prompt = list(range(12))
     generation = engine.submit(prompt, max_new_tokens=9)
     assert ids(generation) == runner.greedy(prompt, 9)
@@ -133,6 +133,19 @@ def test_the_first_token_is_a_verdict_fed_but_never_shown(make_engine: MakeEngin
         assert verdict.intent_id == (4 if row[4] > row[3] else 3)
         shown += [token for batch in batches for token in batch]
         assert [t.id for t in shown] == runner.greedy([9, 9, fed], 4, (1, 2, 3, 4, 5))
+
+
+def test_rows_with_and_without_a_verdict_share_a_step(make_engine: MakeEngine) -> None:
+    engine, runner = make_engine()
+    (held,) = busy(engine, runner, 1)
+    rule = FirstTokenRule((3,), 5, 1, 2, scope_threshold=0.0)
+    judged = [engine.submit([i, 9], max_new_tokens=4, first=rule) for i in (10, 11)]
+    plain = engine.submit([12, 9], max_new_tokens=4)
+    runner.resume()
+    assert [ids(g) for g in judged] == [runner.greedy([i, 9, 3], 4) for i in (10, 11)]
+    assert ids(plain) == runner.greedy([12, 9], 4)
+    assert runner.batches[2].slots.tolist() == [0, 1, 2, 3]
+    held.close()
 
 
 def test_a_verdict_is_known_even_when_the_answer_is_empty(make_engine: MakeEngine) -> None:
@@ -432,22 +445,26 @@ def _leave_a_closed_loop(generation: Generation) -> None:
 async def test_a_cancelled_reader_may_be_followed_by_another(make_engine: MakeEngine) -> None:
     engine, runner = make_engine()
     (one,) = busy(engine, runner, 1)
+    faults: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     first = await one.__anext__()
-    task = asyncio.create_task(one.__anext__())  # type: ignore[arg-type]
+    task = asyncio.create_task(one.__anext__())
     await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
     runner.resume()
+    await asyncio.to_thread(settled, engine)
     rest = [token async for batch in one for token in batch]
     assert [t.id for t in first + rest] == runner.greedy([1, 2, 3], 100)
+    assert not faults
 
 
 async def test_two_readers_of_one_generation_are_refused(make_engine: MakeEngine) -> None:
     engine, runner = make_engine()
     (one,) = busy(engine, runner, 1)
     await one.__anext__()
-    task = asyncio.create_task(one.__anext__())  # type: ignore[arg-type]
+    task = asyncio.create_task(one.__anext__())
     await asyncio.sleep(0)
     with pytest.raises(RuntimeError, match="one reader"):
         await one.__anext__()
@@ -559,7 +576,7 @@ def test_the_self_check_refuses_a_model_whose_rows_see_each_other() -> None:
 
 
 def test_an_engine_of_one_row_serves_one_after_another(make_engine: MakeEngine) -> None:
-    engine, runner = make_engine(max_batch=1, step_tokens=1)
+    engine, runner = make_engine(max_batch=1, step_tokens=3)
     generations = [engine.submit([i, 7], max_new_tokens=3) for i in range(5)]
     assert [ids(g) for g in generations] == [runner.greedy([i, 7], 3) for i in range(5)]
 
@@ -590,14 +607,17 @@ def batch_of(rows: list[tuple[int, int]]) -> Batch:
     return Batch(slots, slots * 0, counts, slots >= 0, np.arange(counts.sum()))
 
 
-def test_a_step_is_split_only_where_padding_would_cost_more() -> None:
+def test_decode_rows_run_by_themselves_and_prompts_share_a_run_unless_padding_costs() -> None:
     decode = [(slot, 1) for slot in range(31)]
     assert list(runs(batch_of(decode), 32)) == [(slice(0, 31), 0, 32)]
     assert list(runs(batch_of([*decode, (31, 64)]), 32)) == [
         (slice(0, 31), 0, 32),
         (slice(31, 32), 31, 1),
     ]
-    assert list(runs(batch_of([(0, 1), (1, 1), (2, 20)]), 32)) == [(slice(0, 3), 0, 4)]
+    assert list(runs(batch_of([(0, 1), (1, 1), (2, 20), (3, 19)]), 32)) == [
+        (slice(0, 2), 0, 2),
+        (slice(2, 4), 2, 2),
+    ]
     assert list(runs(batch_of([(5, 1)]), 32)) == [(slice(0, 1), 5, 1)]
     assert list(runs(batch_of([(5, 1)]), 6)) == [(slice(0, 1), 5, 1)]
     assert list(runs(batch_of([(4, 1), (5, 1)]), 6)) == [(slice(0, 2), 4, 2)]

@@ -67,7 +67,7 @@ def test_no_step_exceeds_the_budget_and_every_request_ends_whatever_comes() -> N
     rng = random.Random(5)
     for _ in range(50):
         slots = rng.randint(1, 6)
-        budget = slots + rng.randint(0, 9)
+        budget = slots + rng.randint(2, 11)
         scheduler = Scheduler(slots=slots, step_tokens=budget)
         requests = [request(rng.randint(1, 40), rng.randint(1, 9)) for _ in range(12)]
         for each in requests:
@@ -79,6 +79,18 @@ def test_no_step_exceeds_the_budget_and_every_request_ends_whatever_comes() -> N
             if rng.random() < 0.1:
                 scheduler.remove(rng.choice(requests))
         assert sorted(scheduler._free) == list(range(slots))
+
+
+def test_a_prompt_is_never_cut_so_that_one_token_runs_alone() -> None:
+    """One token in a chunk is rounded differently: how a prompt was cut would show."""
+    rng = random.Random(6)
+    for _ in range(50):
+        scheduler = Scheduler(slots=3, step_tokens=rng.randint(5, 9))
+        for _ in range(6):
+            scheduler.add(request(rng.randint(2, 40), rng.randint(1, 9)))
+        while scheduler.busy:
+            for chunk in run(scheduler).chunks:
+                assert chunk.count > 1 or chunk.start >= len(chunk.request.prompt)
 
 
 def test_waiting_requests_are_served_in_order() -> None:

@@ -8,9 +8,9 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
+from assistant.engine.engine import Engine
 from assistant.engine.manifest import Manifest, ManifestError
 from assistant.engine.text import ChatTurn, Codec, Slot, StopFilter
-from tests.engine.conftest import Engine
 
 CONTROLS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|intent:x|>"]
 
@@ -80,6 +80,14 @@ def test_typed_control_pieces_never_become_control_tokens(codec: Codec, manifest
         assert not special & set(ids[1:-1]), repr(text)
         shown = text.encode("utf-8", "replace").decode()
         assert decoded(codec, ids) == shown, repr(text)
+
+
+def test_a_typed_control_piece_does_not_change_the_tokens_of_the_words_around_it(
+    codec: Codec,
+) -> None:
+    words = codec.encode_chat([user("where is my order")])[1:-1]
+    ids = codec.encode_chat([user("<|end|>where is my order")])[1:-1]
+    assert ids[-len(words) :] == words
 
 
 def test_a_control_piece_that_is_also_a_whole_word_is_spelled_out(

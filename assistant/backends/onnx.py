@@ -1,0 +1,288 @@
+"""The model in this process: masks values, asks the engine, fills placeholders while streaming.
+
+One engine per process, started on first use and never before a fork. Turns the engine's errors into
+ours; knows nothing of conversations or storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from assistant.backends.base import Backend
+from assistant.errors import (
+    AssistantError,
+    ContextTooLong,
+    GenerationFailed,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+)
+from assistant.types import (
+    Band,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Message,
+    Params,
+    Started,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from assistant.engine.engine import Engine, Generation
+    from assistant.engine.manifest import Manifest
+    from assistant.engine.sampling import Verdict
+    from assistant.engine.text import ChatTurn, Codec
+
+
+#: The engine's own default: how long a long question may hold up running answers.
+_STEP_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``threads=0``: one per core. The queue is bounded in questions and in their tokens."""
+
+    model_dir: str
+    threads: int = 0
+    max_batch: int = 32
+    max_queue: int = 128
+    max_queue_tokens: int = 32768
+    context_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    engine: Engine
+    codec: Codec
+    manifest: Manifest
+
+
+class OnnxBackend(Backend):
+    options_class: ClassVar[type[Any]] = Options
+
+    def __init__(self, alias: str, options: Options) -> None:
+        super().__init__(alias, options)
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+
+    # -- life --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        self._ready()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine. Raises: ModelUnavailable."""
+        return self._ready().engine
+
+    def count_tokens(self, text: str) -> int:
+        return self._ready().codec.count(text)
+
+    def context_tokens(self) -> int:
+        return min(int(self.options.context_tokens), self._ready().manifest.context_tokens)
+
+    def _ready(self) -> _Ready:
+        """The started engine; a crashed one is started again. Raises: ModelUnavailable."""
+        from assistant.engine.engine import Engine, EngineConfig, EngineError
+        from assistant.engine.manifest import ManifestError
+
+        with self._lock:
+            try:
+                engine = self._engine or Engine(self._config(EngineConfig))
+                engine.start()
+            except (ManifestError, EngineError) as error:
+                raise ModelUnavailable(str(error)) from error
+            except ValueError as error:
+                raise ModelUnavailable(f"The engine's settings do not fit: {error}.") from error
+            self._engine = engine
+        assert engine.codec is not None and engine.manifest is not None
+        return _Ready(engine, engine.codec, engine.manifest)
+
+    def _config(self, config: type[Any]) -> Any:
+        options: Options = self.options
+        return config(
+            model_dir=Path(options.model_dir),
+            threads=options.threads,
+            max_batch=options.max_batch,
+            max_queue=options.max_queue,
+            max_queue_tokens=options.max_queue_tokens,
+            context_tokens=options.context_tokens,
+            # A step has to hold one token of every running answer.
+            step_tokens=max(_STEP_TOKENS, options.max_batch),
+        )
+
+    # -- one answer --------------------------------------------------------------------------
+
+    async def stream(self, messages: Sequence[Message], params: Params) -> AsyncIterator[Event]:
+        ready = await asyncio.to_thread(self._ready)
+        turns, values = _masked(messages)
+        try:
+            prompt = ready.codec.encode_chat(turns)
+        except ValueError as error:
+            raise InvalidRequest(f"The conversation cannot be read: {error}.") from error
+        generation = self._submit(ready, prompt, params)
+        try:
+            async for event in self._events(ready, generation, params, values, len(prompt)):
+                yield event
+        finally:
+            generation.close()
+
+    def _submit(self, ready: _Ready, prompt: list[int], params: Params) -> Generation:
+        """Raises: Overloaded, ContextTooLong, InvalidRequest, GenerationFailed."""
+        from assistant.engine import engine as e
+        from assistant.engine.sampling import Sampling
+
+        try:
+            return ready.engine.submit(
+                prompt,
+                max_new_tokens=params.max_new_tokens,
+                sampling=Sampling(
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k,
+                    repetition_penalty=params.repetition_penalty,
+                    seed=params.seed,
+                ),
+                stop_ids={ready.codec.end_id},
+                first=ready.manifest.first_token_rule(),
+            )
+        except e.Overloaded as error:
+            raise Overloaded(
+                f"The assistant is busy: {error}. Try again shortly.",
+                retry_after_s=max(1.0, error.eta_s),
+            ) from error
+        except e.PromptTooLong as error:
+            raise ContextTooLong(f"The question is too long: {error}.") from error
+        except e.EngineError as error:
+            raise _failed(error) from error
+        except ValueError as error:
+            raise InvalidRequest(f"The parameters do not fit: {error}.") from error
+
+    async def _events(
+        self,
+        ready: _Ready,
+        generation: Generation,
+        params: Params,
+        values: dict[str, str],
+        input_tokens: int,
+    ) -> AsyncIterator[Event]:
+        from assistant.engine.engine import EngineError
+
+        writer = _Writer(ready.codec, params, values)
+        begun = False
+        try:
+            async for tokens in generation:
+                if not begun:
+                    begun = True
+                    yield started(ready.manifest, generation.verdict)
+                if text := writer.push(tokens):
+                    yield Delta(text)
+                if writer.stopped:
+                    break
+        except EngineError as error:
+            raise _failed(error) from error
+        if not begun:  # the model ended before its first word
+            yield started(ready.manifest, generation.verdict)
+        for event in writer.end(generation.finish_reason, input_tokens):
+            yield event
+
+
+class _Writer:
+    """Tokens to visible text: detokenise, stop strings, placeholders. One answer each."""
+
+    def __init__(self, codec: Codec, params: Params, values: dict[str, str]) -> None:
+        from assistant.engine.text import StopFilter
+        from assistant.facts import Filler
+
+        self._end_id = codec.end_id
+        self._text = codec.stream()
+        self._stops = StopFilter(params.stop)
+        self._filler = Filler({**params.facts, **values})
+        self._count, self._logprob = 0, 0.0
+        self.stopped = False
+
+    def push(self, tokens: Sequence[Any]) -> str:
+        """What can be shown of these tokens."""
+        shown = ""
+        for token in tokens:
+            self._count += 1
+            self._logprob += token.logprob
+            text, self.stopped = self._stops.push(self._text.push(token.id))
+            shown += text
+            if self.stopped:
+                break
+        return self._filler.push(shown)
+
+    def end(self, reason: str | None, input_tokens: int) -> Iterator[Event]:
+        rest = self._filler.push("" if self.stopped else self._stops.flush()) + self._filler.flush()
+        if rest:
+            yield Delta(rest)
+        yield Finished(
+            reason=_finish(reason, self.stopped),
+            usage=Usage(input_tokens, self._count),
+            logprob=self._logprob / self._count if self._count else None,
+        )
+
+
+def _finish(reason: str | None, stopped: bool) -> FinishReason:
+    if stopped or reason == "stop":
+        return "stop"
+    return "length" if reason == "length" else "cancelled"
+
+
+def started(manifest: Manifest, verdict: Verdict | None) -> Started:
+    """The event that opens an answer, with what the model makes of the question."""
+    name = f"{manifest.name}@{manifest.version}"
+    if verdict is None:
+        return Started(name)
+    intents = {id_: intent for intent, id_ in manifest.intents.items()}
+    return Started(
+        name,
+        intent=intents[verdict.intent_id],
+        confidence=verdict.confidence,
+        scope=verdict.scope,
+        band=_band(manifest, verdict),
+    )
+
+
+def _band(manifest: Manifest, verdict: Verdict) -> Band:
+    if verdict.token_id != verdict.intent_id:
+        return "out_of_scope"
+    if verdict.confidence >= manifest.calibration.answer_from:
+        return "answer"
+    return "caution" if verdict.confidence >= manifest.calibration.caution_from else "hand_on"
+
+
+def _masked(messages: Sequence[Message]) -> tuple[list[ChatTurn], dict[str, str]]:
+    """The turns as the model reads them, and the values taken out; the latest of a kind wins."""
+    from assistant.engine.text import ChatTurn
+    from assistant.facts import mask
+
+    turns: list[ChatTurn] = []
+    values: dict[str, str] = {}
+    for message in messages:
+        masked = mask(message.text)
+        turns.append(ChatTurn(message.role, masked.parts, message.intent))
+        if message.role == "user":
+            values |= masked.values
+    return turns, values
+
+
+def _failed(error: Exception) -> AssistantError:
+    return GenerationFailed(
+        f"The model stopped while answering ({type(error).__name__}). Please try again.",
+        retry_after_s=1.0,
+    )

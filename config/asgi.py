@@ -1,0 +1,75 @@
+"""HTTP and the one WebSocket consumer; who may open a socket from which page is decided here.
+
+A socket with a session cookie must come from a page of this origin, or any site could chat in its
+visitor's name. A socket with a bearer token carries no cookie, so it needs no origin.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+http = get_asgi_application()  # sets Django up; what follows needs the apps
+
+from channels.routing import (  # type: ignore[import-untyped]  # noqa: E402
+    ProtocolTypeRouter,
+    URLRouter,
+)
+from channels.security.websocket import (  # type: ignore[import-untyped]  # noqa: E402
+    WebsocketDenier,
+)
+from channels.sessions import CookieMiddleware  # type: ignore[import-untyped]  # noqa: E402
+from django.conf import settings  # noqa: E402
+from django.http.request import split_domain_port, validate_host  # noqa: E402
+
+from conversations.urls import websocket_urlpatterns  # noqa: E402
+
+
+def same_origin(scope: dict[str, Any]) -> bool:
+    """Whether exactly one Origin was sent and it is this server's, or one trusted in settings."""
+    origins = _headers(scope, b"origin")
+    hosts = _headers(scope, b"host")
+    if len(origins) != 1 or len(hosts) != 1:
+        return False
+    if origins[0] in settings.CSRF_TRUSTED_ORIGINS:
+        return True
+    if not validate_host(split_domain_port(hosts[0])[0], settings.ALLOWED_HOSTS):
+        return False
+    return origins[0] == f"{'https' if _secure(scope) else 'http'}://{hosts[0]}"
+
+
+def _secure(scope: dict[str, Any]) -> bool:
+    forwarded = _headers(scope, b"x-forwarded-proto")
+    if settings.ASSISTANT_TRUSTED_PROXIES and len(forwarded) == 1:
+        return forwarded[0] == "https"
+    return bool(scope.get("scheme") == "wss")
+
+
+def _headers(scope: dict[str, Any], name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+class Doorkeeper:
+    """Sends a socket on with its cookies, or with its token, or not at all.
+
+    Whose session it is, the consumer asks again for every message: a login may end meanwhile.
+    """
+
+    def __init__(self, chat: Any) -> None:
+        self._by_token = chat
+        self._by_session = CookieMiddleware(chat)
+        self._denied = WebsocketDenier.as_asgi()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Any:
+        if _headers(scope, b"authorization"):
+            return await self._by_token(scope, receive, send)
+        inner = self._by_session if same_origin(scope) else self._denied
+        return await inner(scope, receive, send)
+
+
+application = ProtocolTypeRouter(
+    {"http": http, "websocket": Doorkeeper(URLRouter(websocket_urlpatterns))}
+)

@@ -1,0 +1,486 @@
+"""Every setting, in the order a request meets it; each comes from the environment or has a default.
+
+A clone runs with nothing set: SQLite, local memory, the bundled model, a key kept in the data
+folder. Each variable is read through one of the ``env_*`` helpers, which fail loudly on a bad value
+and note the variable in ``ENVIRONMENT``, from which the README's table is tested. This file does
+not know whether it runs a test, a demo or production.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+# --- Reading the environment ---------------------------------------------------------------------
+
+Kind = Literal["text", "list", "flag", "whole", "seconds", "rate", "secret"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One line of the README's table."""
+
+    name: str
+    kind: Kind
+    default: str
+    help: str
+
+
+#: Every environment variable this file reads, by name, in order.
+ENVIRONMENT: dict[str, Variable] = {}
+
+_env = environ.Env()
+environ.Env.read_env(BASE_DIR / ".env")  # missing is fine; real variables win over the file
+
+
+def _raw(name: str, kind: Kind, default: str, explain: str) -> str:
+    ENVIRONMENT[name] = Variable(name, kind, default, explain)
+    return str(_env.str(name, default=default)).strip()
+
+
+def _bad(name: str, value: str, wanted: str) -> ImproperlyConfigured:
+    return ImproperlyConfigured(f"{name}={value!r} is not {wanted}. Correct or unset the variable.")
+
+
+def env_text(name: str, default: str, explain: str) -> str:
+    return _raw(name, "text", default, explain)
+
+
+def env_secret(name: str, explain: str) -> str:
+    return _raw(name, "secret", "", explain)
+
+
+def env_list(name: str, default: str, explain: str) -> list[str]:
+    return [
+        part.strip() for part in _raw(name, "list", default, explain).split(",") if part.strip()
+    ]
+
+
+def env_flag(name: str, default: bool, explain: str) -> bool:
+    value = _raw(name, "flag", str(default).lower(), explain).lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"0", "false", "no", "off"}:
+        return False
+    raise _bad(name, value, "true or false")
+
+
+def env_whole(name: str, default: int, explain: str, *, least: int = 0) -> int:
+    value = _raw(name, "whole", str(default), explain)
+    if not re.fullmatch(r"\d{1,9}", value) or int(value) < least:
+        raise _bad(name, value, f"a whole number of at least {least}")
+    return int(value)
+
+
+def env_seconds(name: str, default: float, explain: str) -> float:
+    value = _raw(name, "seconds", f"{default:g}", explain)
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", value):
+        raise _bad(name, value, "a number of seconds such as 30 or 0.5")
+    return float(value)
+
+
+def env_rate(name: str, default: str, explain: str) -> str | None:
+    value = _raw(name, "rate", default, explain)
+    if value == "off":
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,6}/[1-9]?\d{0,4}[smhd]", value):
+        raise _bad(name, value, "a rate such as 20/m or 500/h, or off")
+    return value
+
+
+# --- Where things are kept -----------------------------------------------------------------------
+
+DATA_DIR = Path(
+    env_text("ASSISTANT_DATA_DIR", "var", "Database, queue files, logs, built models.")
+).expanduser()
+if not DATA_DIR.is_absolute():
+    DATA_DIR = BASE_DIR / DATA_DIR
+
+
+def _data_folder(*parts: str) -> Path:
+    folder = DATA_DIR.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImproperlyConfigured(
+            f"The folder {folder} cannot be made ({error.strerror}). "
+            "Set ASSISTANT_DATA_DIR to a folder this process may write."
+        ) from error
+    return folder
+
+
+def _kept_key() -> str:
+    """The key of this installation, made on first use; O_EXCL settles a race of two processes."""
+    path = _data_folder() / "secret_key"
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text(encoding="ascii").strip() or _bad_key(path)
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(50))
+    return path.read_text(encoding="ascii").strip()
+
+
+def _bad_key(path: Path) -> str:
+    raise ImproperlyConfigured(f"{path} is empty. Delete it, or set SECRET_KEY.")
+
+
+# Off unless asked for: a page with tracebacks must never be an accident. A clone still works,
+# because static files, the key and the host names below do not depend on it.
+DEBUG = env_flag("DEBUG", False, "Show tracebacks in the browser. Never in production.")
+SECRET_KEY = env_secret(
+    "SECRET_KEY", "Signs cookies. Unset: one is made and kept in the data folder."
+)
+SECRET_KEY_IS_KEPT = not SECRET_KEY
+SECRET_KEY = SECRET_KEY or _kept_key()
+
+# --- The edge: hosts, HTTPS, proxies -------------------------------------------------------------
+
+ALLOWED_HOSTS = env_list(
+    "ALLOWED_HOSTS",
+    "localhost,127.0.0.1,[::1]",
+    "Host names served. Production: your own, never *.",
+)
+CSRF_TRUSTED_ORIGINS = env_list(
+    "CSRF_TRUSTED_ORIGINS", "", "Further origins (with scheme) that may post and open sockets."
+)
+# How many proxies in front are ours. The client's address is read that many places from the right
+# of X-Forwarded-For; with 0 the header is never believed.
+ASSISTANT_TRUSTED_PROXIES = env_whole(
+    "ASSISTANT_TRUSTED_PROXIES", 0, "Proxies in front of this server that set X-Forwarded-For."
+)
+ASSISTANT_HTTPS = env_flag(
+    "ASSISTANT_HTTPS", False, "Everything over HTTPS: redirect, secure cookies, HSTS for a year."
+)
+if ASSISTANT_TRUSTED_PROXIES:
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+SECURE_SSL_REDIRECT = ASSISTANT_HTTPS
+SECURE_REDIRECT_EXEMPT = [r"^livez$"]  # probes speak plain HTTP inside the network
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = ASSISTANT_HTTPS
+SECURE_HSTS_SECONDS = 31_536_000 if ASSISTANT_HTTPS else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = ASSISTANT_HTTPS
+SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
+X_FRAME_OPTIONS = "SAMEORIGIN"  # the chat may be framed by the product itself, hence not W019
+SILENCED_SYSTEM_CHECKS = ["security.W019"]
+SECURE_CROSS_ORIGIN_OPENER_POLICY = "same-origin"
+SECURE_REFERRER_POLICY = "same-origin"
+
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": ["'self'"],
+        "script-src": ["'self'", "'wasm-unsafe-eval'"],
+        "worker-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "object-src": ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'self'"],
+        "frame-ancestors": ["'self'"],
+    }
+}
+
+# --- The application -----------------------------------------------------------------------------
+
+INSTALLED_APPS = [
+    "daphne",  # before staticfiles (its check E001): gives runserver ASGI
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "servestatic",
+    "django.contrib.staticfiles",
+    "channels",
+    "rest_framework",
+    "knox",
+    "drf_standardized_errors",
+    "csp",
+    "django_ratelimit",  # only for its checks of the cache
+    "monitoring",
+    "conversations",
+    "fallback",
+    "assistant",
+]
+MIDDLEWARE = [
+    "conversations.access.request_id_middleware",
+    "django.middleware.security.SecurityMiddleware",
+    "servestatic.middleware.ServeStaticMiddleware",
+    "csp.middleware.CSPMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "config.urls"
+ASGI_APPLICATION = "config.asgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+LANGUAGE_CODE = "en"
+USE_TZ = True
+TIME_ZONE = "UTC"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+STATIC_URL = "/static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+# Found in the apps themselves, so that a clone needs no collectstatic.
+SERVESTATIC_USE_FINDERS = True
+SERVESTATIC_ALLOW_ALL_ORIGINS = False
+
+
+def static_headers(headers: Any, path: str, url: str) -> None:
+    """Let isolated pages of this origin, and no other, use our files (wasm threads need it)."""
+    headers["Cross-Origin-Resource-Policy"] = "same-origin"
+
+
+SERVESTATIC_ADD_HEADERS_FUNCTION = static_headers
+
+# --- Who is asking -------------------------------------------------------------------------------
+
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in (
+        "UserAttributeSimilarityValidator",
+        "MinimumLengthValidator",
+        "CommonPasswordValidator",
+        "NumericPasswordValidator",
+    )
+]
+LOGIN_URL = "/accounts/login/"
+LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "/"
+REST_KNOX = {
+    "AUTH_HEADER_PREFIX": "Bearer",  # what OpenAI clients and curl examples send
+    # Knox's ten hours suit browser logins; these keys sit in other servers' settings.
+    "TOKEN_TTL": timedelta(
+        days=env_whole("ASSISTANT_TOKEN_DAYS", 365, "Life of an API token, in days.", least=1)
+    ),
+}
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "conversations.access.TokenAuthentication",  # first: its challenge is the 401's header
+        "conversations.access.VisitorAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["conversations.access.HasCaller"],
+    "DEFAULT_PARSER_CLASSES": ["conversations.access.BoundedJSONParser"],
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_CONTENT_NEGOTIATION_CLASS": "conversations.access.OneFormat",
+    "EXCEPTION_HANDLER": "drf_standardized_errors.handler.exception_handler",
+    "TEST_REQUEST_DEFAULT_FORMAT": "json",
+}
+DRF_STANDARDIZED_ERRORS = {
+    "EXCEPTION_HANDLER_CLASS": "conversations.wire.ProblemHandler",
+    "EXCEPTION_FORMATTER_CLASS": "conversations.wire.ProblemFormatter",
+}
+
+# --- Where it is stored --------------------------------------------------------------------------
+
+DATABASE_URL = env_secret("DATABASE_URL", "postgres://user:password@host/name. Unset: SQLite.")
+_database: dict[str, Any] = dict(
+    environ.Env.db_url_config(DATABASE_URL or f"sqlite:///{_data_folder() / 'db.sqlite3'}")
+)
+if _database["ENGINE"].endswith("sqlite3"):
+    # IMMEDIATE takes the write lock at BEGIN, so two writers queue instead of failing half-way;
+    # WAL lets readers go on meanwhile; 20 s is far above any write of ours.
+    _database["OPTIONS"] = {
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+    }
+else:
+    _database["CONN_MAX_AGE"] = 0  # the pool keeps connections; an idle stream holds none
+    _database["OPTIONS"] = {
+        **_database.get("OPTIONS", {}),
+        # A full pool answers "busy" after 2 s; a hung server is noticed after 3 s, a query after 5.
+        "pool": {"min_size": 1, "max_size": 10, "timeout": 2},
+        "connect_timeout": 3,
+        "options": "-c statement_timeout=5000",
+    }
+DATABASES = {"default": _database}
+
+REDIS_URL = env_secret("REDIS_URL", "redis://host:6379/0. Unset: memory of this one process.")
+# Always there: what the limiter counts in while Redis is away.
+_memory = {
+    "BACKEND": "django.core.cache.backends.locmem.LocMemCache",
+    "OPTIONS": {"MAX_ENTRIES": 100_000},  # Django's 300 would forget callers under load
+}
+if REDIS_URL:
+    _redis = {
+        "BACKEND": "django_redis.cache.RedisCache",
+        "LOCATION": REDIS_URL,
+        "OPTIONS": {
+            # Not pickle: whoever can write to Redis must not be able to run code here.
+            "SERIALIZER": "django_redis.serializers.json.JSONSerializer",
+            # Redis is a helper: a hung one may cost 0.2 s a call, not redis-py's five.
+            "SOCKET_CONNECT_TIMEOUT": 0.2,
+            "SOCKET_TIMEOUT": 0.2,
+        },
+    }
+    CACHES = {"default": _redis, "ratelimit": _redis, "local": {**_memory, "LOCATION": "local"}}
+    CHANNEL_LAYERS = {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [REDIS_URL]},
+        }
+    }
+else:
+    CACHES = {name: {**_memory, "LOCATION": name} for name in ("default", "ratelimit", "local")}
+    CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
+    # Right for one process (counts were exact over 8 threads), so silenced here and only here.
+    SILENCED_SYSTEM_CHECKS += ["django_ratelimit.E003", "django_ratelimit.W001"]
+
+# --- How much one caller may ask -----------------------------------------------------------------
+
+RATELIMIT_USE_CACHE = "ratelimit"
+ASSISTANT_RATE = env_rate(
+    "ASSISTANT_RATE", "20/m", "Questions per caller and period (s, m, h, d), or off."
+)
+ASSISTANT_ANONYMOUS = env_flag(
+    "ASSISTANT_ANONYMOUS", DEBUG, "Visitors may chat in the web page without signing in."
+)
+# A question of 4,000 characters is about the whole context of the bundled model.
+ASSISTANT_MAX_TEXT_CHARS = env_whole(
+    "ASSISTANT_MAX_TEXT_CHARS", 4_000, "Longest question, in characters.", least=1
+)
+ASSISTANT_MAX_TURNS_PER_CALLER = env_whole(
+    "ASSISTANT_MAX_TURNS_PER_CALLER", 4, "Answers one caller may have written at once.", least=1
+)
+# Many tabs are fine, a flood is not: an idle socket takes about 64 KiB.
+ASSISTANT_MAX_SOCKETS_PER_CALLER = env_whole(
+    "ASSISTANT_MAX_SOCKETS_PER_CALLER", 20, "Sockets one caller may keep open.", least=1
+)
+
+# --- Who answers ---------------------------------------------------------------------------------
+
+ASSISTANT_BACKEND = env_text(
+    "ASSISTANT_BACKEND", "model", "Which backend writes answers: model, or echo (a fake for tests)."
+)
+_MODEL_DIR = env_text(
+    "ASSISTANT_MODEL_DIR", "assistant/bundled/support-en", "Folder of the model that answers."
+)
+_MAX_NEW_TOKENS = env_whole(
+    # The longest reference answers have about 250 tokens.
+    "ASSISTANT_MAX_NEW_TOKENS",
+    256,
+    "Longest answer, in tokens.",
+    least=1,
+)
+ASSISTANT: dict[str, Any] = {
+    "BACKENDS": {
+        "model": {
+            "BACKEND": "assistant.backends.onnx.OnnxBackend",
+            "OPTIONS": {
+                "model_dir": str(BASE_DIR / Path(_MODEL_DIR).expanduser()),
+                "threads": env_whole(
+                    "ASSISTANT_THREADS", 0, "Threads of the engine; 0: all cores."
+                ),
+                "max_batch": env_whole(
+                    "ASSISTANT_MAX_BATCH", 32, "Answers written at the same time.", least=1
+                ),
+                # At four full batches the last in the queue waits several seconds; beyond that a
+                # rule's answer now is better than a model's answer later.
+                "max_queue": env_whole(
+                    "ASSISTANT_MAX_QUEUE",
+                    128,
+                    "Questions waiting before new ones are refused.",
+                    least=1,
+                ),
+                "context_tokens": env_whole(
+                    "ASSISTANT_CONTEXT_TOKENS",
+                    1024,
+                    "History, question and answer, in tokens.",
+                    least=64,
+                ),
+            },
+        },
+        "echo": {"BACKEND": "assistant.backends.echo.EchoBackend", "OPTIONS": {}},
+    },
+    # Tried in order until one answers; every name that is not one of ours is a backend's alias.
+    "ROUTE": ["reviewed", ASSISTANT_BACKEND, "rules", "human"],
+    "MAX_NEW_TOKENS": _MAX_NEW_TOKENS,
+    # A rule must be this alike (0..100) to speak; 86 keeps typing errors, refuses other questions.
+    "RULE_SCORE": 86.0,
+    "FIRST_TOKEN_TIMEOUT_S": env_seconds(
+        "ASSISTANT_FIRST_TOKEN_TIMEOUT_S", 5, "Wait for the model's first word before rules answer."
+    ),
+    "REQUEST_TIMEOUT_S": env_seconds(
+        "ASSISTANT_REQUEST_TIMEOUT_S", 60, "Longest time one answer may take."
+    ),
+    # Long enough for a page reload to attach again, short enough to free the slot within 500 ms.
+    "ABANDON_GRACE_S": env_seconds(
+        "ASSISTANT_ABANDON_GRACE_S", 0.25, "How long an answer nobody reads is still written."
+    ),
+    "NAME": env_text("ASSISTANT_NAME", "Support assistant", "The assistant's name on the page."),
+    # Names as the model writes them; an empty value becomes a plain wording in the answer.
+    "FACTS": {
+        "Company": env_text("ASSISTANT_SUPPORT_COMPANY", "", "Your company's name."),
+        "Website": env_text("ASSISTANT_SUPPORT_WEBSITE", "", "Your website's address."),
+        "Support Phone": env_text(
+            "ASSISTANT_SUPPORT_PHONE", "", "Telephone number of your support."
+        ),
+        "Support Email": env_text("ASSISTANT_SUPPORT_EMAIL", "", "E-mail address of your support."),
+        "Support Hours": env_text(
+            "ASSISTANT_SUPPORT_HOURS", "", "When your support can be reached."
+        ),
+        "Live Chat": env_text("ASSISTANT_SUPPORT_LIVE_CHAT", "", "Where your live chat is."),
+    },
+    "EXAMPLES": [
+        "How do I cancel my order?",
+        "Where is my refund?",
+        "I forgot my password",
+        "Can I speak to a person?",
+    ],
+}
+
+# --- Background work -----------------------------------------------------------------------------
+
+CELERY_BROKER_URL = env_secret(
+    "CELERY_BROKER_URL",
+    "Queue of background jobs. Unset: REDIS_URL, else files in the data folder.",
+) or (REDIS_URL or "filesystem://")
+CELERY_BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {}
+if CELERY_BROKER_URL == "filesystem://":
+    _queue = str(_data_folder("celery", "queue"))
+    CELERY_BROKER_TRANSPORT_OPTIONS = {
+        "data_folder_in": _queue,
+        "data_folder_out": _queue,
+        "control_folder": str(_data_folder("celery", "control")),
+    }
+CELERY_BEAT_SCHEDULE_FILENAME = str(DATA_DIR / "celery" / "beat")
+CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+
+# --- What is written down ------------------------------------------------------------------------
+
+LOG_LEVEL = env_text("ASSISTANT_LOG_LEVEL", "INFO", "Least level that is logged.").upper()
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "{asctime} {levelname} {name} {message}", "style": "{"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
+}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # serving never downloads

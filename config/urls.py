@@ -1,0 +1,23 @@
+"""Every URL on one screen. WebSocket paths are in ``conversations.urls.websocket_urlpatterns``."""
+
+from __future__ import annotations
+
+from django.contrib import admin
+from django.urls import include, path
+
+from conversations import views
+
+admin.site.site_header = admin.site.site_title = "Inhouse"
+admin.site.index_title = "Staff"
+
+urlpatterns = [
+    path("", include("conversations.urls")),
+    path("accounts/login/", views.LoginView.as_view(), name="login"),
+    path("accounts/logout/", views.LogoutView.as_view(), name="logout"),
+    path("admin/", admin.site.urls),
+    path("livez", views.livez, name="livez"),
+]
+
+handler400 = "conversations.views.bad_request"
+handler404 = "conversations.views.not_found"
+handler500 = "conversations.views.server_error"

@@ -1,0 +1,192 @@
+"""Where a request's ``Caller`` comes from: a bearer token, a login, or a visitor's session.
+
+Also what guards the API before any view runs: the JSON parser's bounds and the request's id. Views
+and the consumer build callers only here; what a caller may do is decided in ``limits``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import import_module
+from inspect import iscoroutinefunction
+from types import SimpleNamespace
+from typing import Any, cast
+
+from django.conf import settings
+from django.contrib.auth import get_user
+from django.contrib.auth.models import AnonymousUser
+from django.http import HttpRequest, HttpResponseBase
+from django.utils.decorators import sync_and_async_middleware
+from knox.auth import TokenAuthentication as KnoxAuthentication
+from rest_framework import exceptions
+from rest_framework.authentication import SessionAuthentication
+from rest_framework.negotiation import DefaultContentNegotiation
+from rest_framework.parsers import JSONParser
+from rest_framework.permissions import BasePermission
+from rest_framework.request import Request
+
+from conversations.limits import Caller, client_address
+
+#: Key inside the session; its value owns a visitor's conversations, across a new cookie at login.
+VISITOR = "visitor"
+#: A question of 4,000 characters, each written as two \\uXXXX escapes, takes 48,000 bytes.
+MAX_BODY_BYTES = 65_536
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class TokenAuthentication(KnoxAuthentication):  # type: ignore[misc]
+    """Knox's, for keys that are not even text (its own answer to those is a 500)."""
+
+    def authenticate_credentials(self, token: bytes) -> tuple[Any, Any]:
+        if not re.fullmatch(rb"[0-9A-Za-z_-]{16,200}", token):
+            raise exceptions.AuthenticationFailed("Invalid token.")
+        return cast(tuple[Any, Any], super().authenticate_credentials(token))
+
+
+class VisitorAuthentication(SessionAuthentication):
+    """A login, or a visitor the chat page has given an id; both with CSRF protection."""
+
+    def authenticate(self, request: Request) -> tuple[Any, Any] | None:
+        signed_in = super().authenticate(request)
+        if signed_in is not None or not settings.ASSISTANT_ANONYMOUS:
+            return signed_in
+        visitor = request._request.session.get(VISITOR)
+        if not visitor:
+            return None
+        self.enforce_csrf(request)
+        return AnonymousUser(), str(visitor)
+
+
+class HasCaller(BasePermission):
+    """A signed-in user, or a visitor where visitors are welcome."""
+
+    def has_permission(self, request: Request, view: Any) -> bool:
+        return bool(request.user.is_authenticated or isinstance(request.auth, str))
+
+
+def caller_of(request: Request) -> Caller:
+    """The caller of an API request that ``HasCaller`` let through."""
+    address = _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+    if request.user.is_authenticated:
+        return Caller(request.user.pk, address=address)
+    return Caller(None, str(request.auth), address)
+
+
+def caller_of_page(request: HttpRequest) -> Caller | None:
+    """The caller of a page; a visitor gets an id, unless visitors are not welcome."""
+    address = _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+    if request.user.is_authenticated:
+        return Caller(request.user.pk, address=address)
+    if not settings.ASSISTANT_ANONYMOUS:
+        return None
+    visitor = request.session.setdefault(VISITOR, uuid.uuid4().hex)
+    return Caller(None, visitor, address)
+
+
+def caller_of_socket(scope: Mapping[str, Any]) -> Caller | None:
+    """The caller of a socket as of now: a login that has ended since is nobody. Sync."""
+    headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+    address = _address((scope.get("client") or [""])[0], headers)
+    if "authorization" in headers:
+        return _caller_by_token(headers["authorization"], address)
+    session = import_module(settings.SESSION_ENGINE).SessionStore(
+        scope.get("cookies", {}).get(settings.SESSION_COOKIE_NAME)
+    )
+    user = get_user(cast(HttpRequest, SimpleNamespace(session=session)))
+    if user.is_authenticated:
+        return Caller(user.pk, address=address)
+    visitor = session.get(VISITOR) if settings.ASSISTANT_ANONYMOUS else None
+    return Caller(None, str(visitor), address) if visitor else None
+
+
+def _caller_by_token(header: str, address: str) -> Caller | None:
+    scheme, _, key = header.partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    try:
+        user, _token = TokenAuthentication().authenticate_credentials(key.strip().encode())
+    except exceptions.AuthenticationFailed:
+        return None
+    return Caller(user.pk, address=address)
+
+
+def _address(peer: str, headers: Mapping[str, str]) -> str:
+    return client_address(peer, headers.get("x-forwarded-for", ""))
+
+
+class BodyTooLarge(exceptions.APIException):
+    status_code = 413
+    default_detail = f"The body is larger than {MAX_BODY_BYTES:,} bytes."
+    default_code = "invalid_request"
+
+
+class BoundedJSONParser(JSONParser):
+    """JSON of bounded size: UTF-8, no NaN, no bomb of brackets; everything else is the caller's
+    mistake and never ours."""
+
+    def parse(
+        self,
+        stream: Any,
+        media_type: str | None = None,
+        parser_context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        raw = stream.read(MAX_BODY_BYTES + 1)
+        if len(raw) > MAX_BODY_BYTES:
+            raise BodyTooLarge
+        try:
+            return loads(raw.decode("utf-8"))
+        except ValueError as error:
+            raise exceptions.ParseError("The body is not valid JSON in UTF-8.") from error
+
+
+def loads(text: str) -> Any:
+    """Strict JSON. Raises: ValueError, also for what would exhaust the parser's stack."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+class OneFormat(DefaultContentNegotiation):
+    """Always JSON: asking for an event stream must not make an error a 406."""
+
+    def select_renderer(
+        self, request: Request, renderers: Any, format_suffix: str | None = None
+    ) -> Any:
+        return renderers[0], renderers[0].media_type
+
+
+@sync_and_async_middleware
+def request_id_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[..., Any]:
+    """Gives every request an id, the client's own if it is a plain one, and sends it back."""
+
+    def begin(request: HttpRequest) -> str:
+        given = request.headers.get("x-request-id", "")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request.request_id = name  # type: ignore[attr-defined]
+        return name
+
+    if iscoroutinefunction(get_response):
+
+        async def middleware(request: HttpRequest) -> HttpResponseBase:
+            name = begin(request)
+            response = await cast(Awaitable[HttpResponseBase], get_response(request))
+            response["X-Request-ID"] = name
+            return response
+
+        return middleware
+
+    def sync_middleware(request: HttpRequest) -> HttpResponseBase:
+        name = begin(request)
+        response = cast(HttpResponseBase, get_response(request))
+        response["X-Request-ID"] = name
+        return response
+
+    return sync_middleware

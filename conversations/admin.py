@@ -1,0 +1,111 @@
+"""Conversations for staff: to read and search, never to change; cheap on millions of rows.
+
+Reading is a permission of its own (``conversations.view_conversation``); nobody may add or edit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from django.contrib import admin
+from django.core.paginator import Paginator
+from django.db.models import Exists, OuterRef, QuerySet
+from django.http import HttpRequest
+from django.utils.functional import cached_property
+
+from conversations.models import Conversation, Message
+
+#: Messages shown below a conversation; the rest are behind the message list's filter.
+INLINE_MESSAGES = 200
+
+
+class ReadOnly:
+    """No adding, changing or deleting, by anyone."""
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class CheapPaginator(Paginator):  # type: ignore[type-arg]
+    """Counts no further than anybody pages: an exact count of a big table takes seconds."""
+
+    MOST = 10_000
+
+    @cached_property
+    def count(self) -> int:
+        rows = self.object_list
+        return rows[: self.MOST].count() if isinstance(rows, QuerySet) else len(rows)
+
+
+class MessageInline(ReadOnly, admin.TabularInline):  # type: ignore[type-arg]
+    model = Message
+    fields = ("seq", "role", "text", "status", "route", "degraded_reason")
+    readonly_fields = fields
+    ordering = ["seq"]
+    extra = 0
+    show_change_link = True
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Message]:
+        rows: QuerySet[Message] = super().get_queryset(request)
+        return rows.filter(seq__lte=INLINE_MESSAGES)
+
+
+class AnswerFilter(admin.SimpleListFilter):
+    """Conversations with an answer of that kind; found by an index, not by a join of all."""
+
+    field = ""
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        choices = cast(Any, Message._meta.get_field(self.field)).choices
+        return [(str(value), str(label)) for value, label in choices or ()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        if not self.value():
+            return queryset
+        answers = Message.objects.filter(
+            conversation=OuterRef("pk"), role=Message.Role.ASSISTANT, **{self.field: self.value()}
+        )
+        return queryset.filter(Exists(answers))
+
+
+class StatusFilter(AnswerFilter):
+    title, parameter_name, field = "status of an answer", "status", "status"
+
+
+class RouteFilter(AnswerFilter):
+    title, parameter_name, field = "route of an answer", "route", "route"
+
+
+class CheapList(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
+    paginator = CheapPaginator
+    show_full_result_count = False
+    list_per_page = 50
+
+
+@admin.register(Conversation)
+class ConversationAdmin(CheapList):
+    list_display = ["title", "user", "created_at", "updated_at"]
+    list_filter = [StatusFilter, RouteFilter]
+    list_select_related = ["user"]
+    search_fields = ["title", "user__username", "messages__text"]
+    fields = ["id", "title", "user", "created_at", "updated_at"]
+    ordering = ["-updated_at", "-id"]
+    inlines = [MessageInline]
+
+
+@admin.register(Message)
+class MessageAdmin(CheapList):
+    list_display = ["shortened", "role", "status", "route", "degraded_reason", "created_at"]
+    list_filter = ["status", "route", "role"]
+    search_fields = ["text"]
+    ordering = ["-created_at", "-id"]
+
+    @admin.display(description="text")
+    def shortened(self, message: Message) -> str:
+        return message.text[:120] or "(empty)"

@@ -1,0 +1,208 @@
+"""The database half of a turn: what is read and stored before the first byte of an answer.
+
+Sync, and all or nothing: a question is stored together with its empty answer, in one order for all
+processes, or one of our errors is raised and nothing is. Knows no task, reader or transport.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from assistant import backends, facts, types
+from assistant.errors import AssistantError, Conflict, InvalidRequest, NotFound
+from conversations import history, limits
+from conversations.limits import Caller
+from conversations.models import Conversation, Message
+from fallback import answers
+from fallback.router import Ask
+
+#: Earlier messages looked at; more never fit a context of 1,024 tokens.
+MAX_EARLIER = 60
+TITLE_CHARS = 80
+#: The columns that say how an answer ended.
+RESULT_FIELDS = (
+    *("text", "html", "status", "route", "degraded_reason", "intent", "confidence", "scope"),
+    *("model", "input_tokens", "output_tokens", "ttft_ms", "duration_ms", "finish_reason"),
+    *("error_code", "error_message"),
+)
+_USABLE = {Message.Status.COMPLETE, Message.Status.STOPPED}
+_RETRYABLE = {Message.Status.FAILED, Message.Status.INTERRUPTED, Message.Status.STOPPED}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stored rows (``question`` is None on a retry) and all the router needs."""
+
+    conversation: Conversation
+    question: Message | None
+    answer: Message
+    ask: Ask
+
+
+def first_run(
+    caller: Caller, conversation: Conversation | None, text: str, params: types.Params | None
+) -> Opened:
+    """A new question. Raises: AssistantError."""
+    ask = _ask(caller, conversation, text, before=None, params=params)
+    return _store_question(caller, conversation, text, ask)
+
+
+def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
+    """An answer that broke off, to be written again in its place. Raises: AssistantError."""
+    message = _retryable(caller, message_id)
+    limits.take(caller)
+    asked = _question_of(message)
+    ask = _ask(caller, message.conversation, asked.text, before=asked.seq, params=None)
+    return _store_retry(message, ask)
+
+
+def _ask(
+    caller: Caller,
+    conversation: Conversation | None,
+    question: str,
+    *,
+    before: int | None,
+    params: types.Params | None,
+) -> Ask:
+    """Everything the router needs. Raises: ContextTooLong."""
+    params = params or types.Params(max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"])
+    params = replace(params, facts={**facts.known_facts(_user(caller)), **params.facts})
+    earlier = _earlier(conversation, before) if conversation is not None else []
+    count, budget = _measure(params)
+    messages = history.fit(earlier, question, budget_tokens=budget, count=count)
+    return Ask(tuple(messages), params, answers.known())
+
+
+def _user(caller: Caller) -> Any:
+    """The signed-in user, read only if a function of the product wants to know facts of them."""
+    if caller.user_id is None or not settings.ASSISTANT.get("FACT_FUNCTIONS"):
+        return None
+    return get_user_model().objects.filter(pk=caller.user_id).first()
+
+
+def _measure(params: types.Params) -> tuple[Callable[[str], int], int]:
+    """How the answering backend counts, and what it can read beside the answer."""
+    alias = backends.answering()
+    if alias is not None:
+        try:
+            backend = backends.get(alias)
+            budget = backend.context_tokens() - params.max_new_tokens
+            backend.count_tokens("")
+            return backend.count_tokens, budget
+        except AssistantError:
+            pass  # no model: rules answer, and they read only the question
+    return (lambda text: len(text) // 3 + 1), settings.ASSISTANT_MAX_TEXT_CHARS
+
+
+def _earlier(
+    conversation: Conversation, before: int | None
+) -> list[tuple[types.Message, types.Message]]:
+    """Questions with an answer that people saw, oldest first."""
+    rows = conversation.messages.order_by("-seq")
+    if before is not None:
+        rows = rows.filter(seq__lt=before)
+    pairs: list[tuple[types.Message, types.Message]] = []
+    answer: Message | None = None
+    for row in rows.only("role", "text", "intent", "status", "conversation_id")[:MAX_EARLIER]:
+        if row.role == Message.Role.ASSISTANT:
+            answer = row if row.text and row.status in _USABLE else None
+        elif answer is not None:
+            said = types.Message("assistant", answer.text, answer.intent or None)
+            pairs.append((types.Message("user", row.text), said))
+            answer = None
+    return pairs[::-1]
+
+
+def _store_question(
+    caller: Caller, conversation: Conversation | None, question: str, ask: Ask
+) -> Opened:
+    """Question and empty answer, in order and together. Raises: Conflict, NotFound."""
+    try:
+        with transaction.atomic():
+            held = _held(caller, conversation, question)
+            last = held.messages.order_by("-seq").values_list("seq", flat=True).first() or 0
+            asked = Message(conversation=held, seq=last + 1, role="user", text=question)
+            answer = Message(
+                conversation=held,
+                seq=last + 2,
+                role="assistant",
+                status=Message.Status.STREAMING,
+                alive_at=timezone.now(),
+            )
+            Message.objects.bulk_create([asked, answer])
+    except IntegrityError:
+        raise _busy() from None
+    return Opened(held, asked, answer, ask)
+
+
+def _held(caller: Caller, conversation: Conversation | None, question: str) -> Conversation:
+    """The conversation, locked and free for an answer; a new one if there was none."""
+    title = " ".join(question.split())[:TITLE_CHARS]
+    if conversation is None:
+        return Conversation.objects.create(
+            user_id=caller.user_id, session_key=caller.session_key, title=title
+        )
+    held = Conversation.objects.select_for_update().filter(pk=conversation.pk).first()
+    if held is None:
+        raise NotFound("This conversation does not exist any more.")
+    held.messages.reap()
+    if held.messages.filter(status=Message.Status.STREAMING).exists():
+        raise _busy()
+    held.title = held.title or title
+    held.updated_at = timezone.now()
+    held.save(update_fields=["title", "updated_at"])
+    return held
+
+
+def _busy() -> Conflict:
+    return Conflict(
+        "An answer is being written in this conversation. Stop it or wait for its end.",
+        retry_after_s=1,
+    )
+
+
+def _retryable(caller: Caller, message_id: uuid.UUID) -> Message:
+    found = Message.objects.visible_to(caller).select_related("conversation")
+    message = found.filter(pk=message_id, role=Message.Role.ASSISTANT).first()
+    if message is None:
+        raise NotFound("There is no such answer.")
+    Message.objects.filter(pk=message.pk).reap()
+    message.refresh_from_db(fields=["status"])
+    if message.status == Message.Status.STREAMING:
+        raise _busy()
+    if message.status not in _RETRYABLE:
+        raise InvalidRequest("Only an answer that was stopped or broke off can be tried again.")
+    return message
+
+
+def _question_of(message: Message) -> Message:
+    asked = message.conversation.messages.filter(seq__lt=message.seq, role=Message.Role.USER)
+    question = asked.order_by("-seq").first()
+    if question is None:
+        raise NotFound("The question of this answer does not exist any more.")
+    return question
+
+
+def _store_retry(message: Message, ask: Ask) -> Opened:
+    """The same row, empty and running again. Raises: Conflict."""
+    blank = Message(status=Message.Status.STREAMING, alive_at=timezone.now())
+    values: dict[str, Any] = {name: getattr(blank, name) for name in RESULT_FIELDS}
+    try:
+        with transaction.atomic():
+            row = Message.objects.filter(
+                pk=message.pk, attempt=message.attempt, status__in=_RETRYABLE
+            )
+            if not row.update(**values, alive_at=blank.alive_at, attempt=message.attempt + 1):
+                raise _busy()
+    except IntegrityError:
+        raise _busy() from None
+    fresh = Message.objects.select_related("conversation").get(pk=message.pk)
+    return Opened(fresh.conversation, None, fresh, ask)

@@ -1,0 +1,161 @@
+// @ts-check
+/* The REST API as functions, and its errors as one class. Knows addresses, the CSRF token and
+   problem+json; knows nothing of the page. */
+
+/** @typedef {{id: string, title: string, created_at: string, updated_at: string}} Conversation */
+/** @typedef {{code: string, message: string, retry_after_s?: number | null}} WireError */
+/**
+ * @typedef {object} Message
+ * @property {string} id
+ * @property {string} conversation
+ * @property {number} seq
+ * @property {"user" | "assistant"} role
+ * @property {string} text
+ * @property {string} html
+ * @property {"streaming" | "complete" | "stopped" | "interrupted" | "failed"} status
+ * @property {string} route
+ * @property {string} degraded_reason
+ * @property {number | null} confidence
+ * @property {number | null} ttft_ms
+ * @property {WireError | null} error
+ * @property {string} created_at
+ */
+/** @template T @typedef {{next: string | null, previous: string | null, results: T[]}} Page */
+
+const ROOT = "/api/v1/";
+/** Longer than any answer of the API but a stream's first byte. */
+const TIMEOUT_MS = 20_000;
+/** Far above what a conversation holds; stops a server that always names a next page. */
+const MOST_PAGES = 50;
+
+/** Anything that kept a request from being answered, in words a person can use. */
+export class ApiError extends Error {
+  /**
+   * @param {string} message
+   * @param {{status?: number, code?: string, retryAfterS?: number | null}} [more]
+   */
+  constructor(message, { status = 0, code = "unreachable", retryAfterS = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.code = code;
+    this.retryAfterS = retryAfterS;
+  }
+}
+
+/** @param {string | null} [nextPage] @returns {Promise<Page<Conversation>>} */
+export function listConversations(nextPage) {
+  return json("GET", nextPage ? samePath(nextPage) : "conversations/");
+}
+
+/** @returns {Promise<Conversation>} */
+export function createConversation() {
+  return json("POST", "conversations/", {});
+}
+
+/** @param {string} id @returns {Promise<Conversation>} */
+export function getConversation(id) {
+  return json("GET", `conversations/${encodeURIComponent(id)}/`);
+}
+
+/** @param {string} id @param {string} title @returns {Promise<Conversation>} */
+export function renameConversation(id, title) {
+  return json("PATCH", `conversations/${encodeURIComponent(id)}/`, { title });
+}
+
+/** @param {string} id */
+export async function deleteConversation(id) {
+  await request("DELETE", `conversations/${encodeURIComponent(id)}/`);
+}
+
+/** Every message, oldest first. @param {string} id @returns {Promise<Message[]>} */
+export async function listMessages(id) {
+  /** @type {Message[]} */
+  const all = [];
+  /** @type {string | null} */
+  let path = `conversations/${encodeURIComponent(id)}/messages/`;
+  for (let pages = 0; path && pages < MOST_PAGES; pages += 1) {
+    /** @type {Page<Message>} */
+    const page = await json("GET", path);
+    all.push(...page.results);
+    path = page.next && samePath(page.next);
+  }
+  return all.sort((a, b) => a.seq - b.seq);
+}
+
+/** @param {string} id of the message that is being written */
+export async function cancelMessage(id) {
+  await request("POST", `messages/${encodeURIComponent(id)}/cancel/`, {});
+}
+
+/**
+ * The event stream of a new question.
+ * @param {string} conversation @param {string} text @param {AbortSignal} signal
+ * @returns {Promise<Response>}
+ */
+export function postQuestion(conversation, text, signal) {
+  const path = `conversations/${encodeURIComponent(conversation)}/messages/`;
+  return request("POST", path, { text, stream: true }, { signal, accept: "text/event-stream" });
+}
+
+/** @param {string} method @param {string} path @param {object} [body] @returns {Promise<any>} */
+async function json(method, path, body) {
+  return (await request(method, path, body)).json();
+}
+
+/**
+ * @param {string} method @param {string} path @param {object} [body]
+ * @param {{signal?: AbortSignal, accept?: string}} [how]
+ * @returns {Promise<Response>}
+ */
+async function request(method, path, body, how = {}) {
+  /** @type {Record<string, string>} */
+  const headers = { Accept: how.accept ?? "application/json" };
+  if (body) headers["Content-Type"] = "application/json";
+  if (method !== "GET") headers["X-CSRFToken"] = csrfToken();
+  let response;
+  try {
+    response = await fetch(path.startsWith("/") ? path : ROOT + path, {
+      method,
+      headers,
+      body: body && JSON.stringify(body),
+      credentials: "same-origin",
+      signal: how.signal ?? AbortSignal.timeout(TIMEOUT_MS),
+    });
+  } catch (error) {
+    if (how.signal?.aborted) throw error;
+    throw new ApiError("The server cannot be reached.");
+  }
+  if (!response.ok) throw await problem(response);
+  return response;
+}
+
+/** The error a problem+json body describes. @param {Response} response @returns {Promise<ApiError>} */
+async function problem(response) {
+  /** @type {any} */
+  let body = {};
+  try {
+    body = await response.json();
+  } catch {
+    /* a proxy's own page */
+  }
+  const after = Number(response.headers.get("Retry-After"));
+  return new ApiError(body.error?.message || body.detail || `The server answered ${response.status}.`, {
+    status: response.status,
+    code: body.error?.code || "http",
+    retryAfterS: after > 0 ? after : null,
+  });
+}
+
+/** The cookie is newer than the page if someone signed in beside it; the page's copy is the spare. */
+function csrfToken() {
+  const cookie = /(?:^|;\s*)csrftoken=([^;]+)/.exec(document.cookie);
+  if (cookie) return decodeURIComponent(cookie[1]);
+  return document.querySelector('meta[name="csrf-token"]')?.getAttribute("content") ?? "";
+}
+
+/** Path and query only: behind a proxy the server may not know its own scheme and host. @param {string} url */
+function samePath(url) {
+  const parsed = new URL(url, location.href);
+  return parsed.pathname + parsed.search;
+}

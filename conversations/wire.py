@@ -1,0 +1,348 @@
+"""How things look on the wire: events as WebSocket frames and SSE, rows as JSON, and the one table
+of errors. Pure mapping; nothing here reads the database or decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any, cast
+
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
+from drf_standardized_errors.formatter import ExceptionFormatter
+from drf_standardized_errors.handler import ExceptionHandler
+from rest_framework import exceptions
+from rest_framework.response import Response
+
+from assistant.errors import AssistantError, InvalidRequest
+from conversations.access import BodyTooLarge, loads
+from conversations.models import Conversation, Message
+from conversations.turn import Completed, Created, Delta, Failed, Reader, TurnEvent
+
+# --- The table of errors -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """One kind of error: HTTP status and the type OpenAI's clients know."""
+
+    status: int
+    type: str
+
+
+#: code -> how it is told. Every code of every transport is here.
+ERRORS: dict[str, ErrorRow] = {
+    "invalid_request": ErrorRow(400, "invalid_request_error"),
+    "context_too_long": ErrorRow(400, "invalid_request_error"),
+    "unauthenticated": ErrorRow(401, "authentication_error"),
+    "permission_denied": ErrorRow(403, "permission_error"),
+    "not_found": ErrorRow(404, "not_found_error"),
+    "conflict": ErrorRow(409, "conflict_error"),
+    "rate_limited": ErrorRow(429, "rate_limit_error"),
+    "overloaded": ErrorRow(503, "overloaded_error"),
+    "model_unavailable": ErrorRow(503, "server_error"),
+    "generation_failed": ErrorRow(503, "server_error"),
+    "interrupted": ErrorRow(503, "server_error"),
+    "internal": ErrorRow(500, "server_error"),
+}
+
+#: Why the server closes a socket.
+CLOSE_UNAUTHENTICATED, CLOSE_NOT_FOUND, CLOSE_LIMITED = 4401, 4404, 4429
+
+_DRF_CODES: tuple[tuple[type[exceptions.APIException], str], ...] = (
+    (exceptions.NotAuthenticated, "unauthenticated"),
+    (exceptions.AuthenticationFailed, "unauthenticated"),
+    (exceptions.PermissionDenied, "permission_denied"),
+    (exceptions.NotFound, "not_found"),
+    (exceptions.Throttled, "rate_limited"),
+)
+
+
+def error_json(error: AssistantError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "message": error.message,
+        "retry_after_s": error.retry_after_s,
+    }
+
+
+def problem(
+    code: str, status: int, detail: str, request: Any, errors: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The body of application/problem+json (RFC 9457) with the member OpenAI's clients read."""
+    row = ERRORS.get(code, ERRORS["internal"])
+    errors = errors or [{"detail": detail, "attr": None, "code": code}]
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": getattr(request, "path", ""),
+        "request_id": getattr(request, "request_id", ""),
+        "errors": errors,
+        "error": {
+            "message": detail,
+            "type": row.type,
+            "code": code,
+            "param": errors[0]["attr"],
+        },
+    }
+
+
+class Told(exceptions.APIException):
+    """One of our errors on its way through DRF."""
+
+    def __init__(self, error: AssistantError) -> None:
+        super().__init__(error.message, error.code)
+        self.status_code = ERRORS[error.code].status
+        self.our_code = error.code
+        self.wait = error.retry_after_s
+
+
+class ProblemHandler(ExceptionHandler):
+    """drf-standardized-errors, taught our exceptions and our media type."""
+
+    def convert_known_exceptions(self, exc: Exception) -> Exception:
+        if isinstance(exc, AssistantError):
+            return Told(exc)
+        if isinstance(exc, RequestDataTooBig):
+            return BodyTooLarge()
+        if isinstance(exc, SuspiciousOperation):
+            return exceptions.ParseError("The request is malformed.")
+        return super().convert_known_exceptions(exc)
+
+    def get_response(self, exc: exceptions.APIException, data: dict[str, Any]) -> Response:
+        return Response(
+            data,
+            status=exc.status_code,
+            headers=self.get_headers(exc),
+            content_type="application/problem+json",
+        )
+
+    def get_headers(self, exc: exceptions.APIException) -> dict[str, str]:
+        headers = cast(dict[str, str], super().get_headers(exc))
+        if getattr(exc, "wait", None):
+            headers["Retry-After"] = str(max(1, round(cast(Any, exc).wait)))
+        return headers
+
+
+class ProblemFormatter(ExceptionFormatter):
+    """Any error of the API as a problem."""
+
+    def run(self) -> dict[str, Any]:
+        code = _code(self.exc)
+        errors = [
+            {
+                "detail": found.detail,
+                "attr": None if found.attr == "non_field_errors" else found.attr,
+                "code": code if found.attr is None else found.code,
+            }
+            for found in self.get_errors()
+        ]
+        first = errors[0] if errors else {"detail": "", "attr": None}
+        detail = f"{first['attr']}: {first['detail']}" if first["attr"] else str(first["detail"])
+        request = getattr(self.context.get("request"), "_request", None)
+        return problem(code, self.exc.status_code, detail, request, errors)
+
+
+def _code(exc: exceptions.APIException) -> str:
+    if isinstance(exc, Told):
+        return exc.our_code
+    for cls, code in _DRF_CODES:
+        if isinstance(exc, cls):
+            return code
+    return "internal" if exc.status_code >= 500 else "invalid_request"
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def conversation_json(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "id": str(conversation.pk),
+        "title": conversation.title,
+        "created_at": _time(conversation.created_at),
+        "updated_at": _time(conversation.updated_at),
+    }
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    error = {"code": message.error_code, "message": message.error_message}
+    return {
+        "id": str(message.pk),
+        "conversation": str(message.conversation_id),
+        "seq": message.seq,
+        "role": str(message.role),
+        "text": message.text,
+        "html": message.html,
+        "status": str(message.status),
+        "route": message.route,
+        "degraded_reason": message.degraded_reason,
+        "confidence": message.confidence,
+        "intent": message.intent,
+        "model": message.model,
+        "usage": {"input_tokens": message.input_tokens, "output_tokens": message.output_tokens},
+        "ttft_ms": message.ttft_ms,
+        "finish_reason": message.finish_reason,
+        "error": error if message.error_code else None,
+        "created_at": _time(message.created_at),
+    }
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+# --- Events --------------------------------------------------------------------------------------
+
+
+def event_json(event: TurnEvent) -> dict[str, Any]:
+    """The same object on every transport."""
+    match event:
+        case Created():
+            asked = event.user_message
+            return {
+                "type": "message.created",
+                "seq": event.seq,
+                "message": message_json(event.message),
+                "user_message": message_json(asked) if asked is not None else None,
+                "conversation": conversation_json(event.conversation),
+            }
+        case Delta():
+            return {
+                "type": "message.delta",
+                "seq": event.seq,
+                "id": str(event.message_id),
+                "text": event.text,
+            }
+        case Completed():
+            return {
+                "type": "message.completed",
+                "seq": event.seq,
+                "message": message_json(event.message),
+            }
+        case Failed():
+            return {
+                "type": "message.failed",
+                "seq": event.seq,
+                "message": message_json(event.message),
+                "error": error_json(event.error),
+            }
+
+
+def ended_json(message: Message) -> dict[str, Any]:
+    """An answer that ended before this reader came; seq 0: its log is gone."""
+    if message.status == Message.Status.FAILED:
+        error = {
+            "code": message.error_code,
+            "message": message.error_message,
+            "retry_after_s": None,
+        }
+        return {"type": "message.failed", "seq": 0, "message": message_json(message)} | {
+            "error": error
+        }
+    return {"type": "message.completed", "seq": 0, "message": message_json(message)}
+
+
+def encode(frame: dict[str, Any]) -> str:
+    """JSON that any peer can read: what is not Unicode after all is replaced, not a crash."""
+    return json.dumps(frame, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+
+
+# --- Server-sent events --------------------------------------------------------------------------
+
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+KEEP_ALIVE_S = 15.0
+
+
+def sse(event: TurnEvent) -> bytes:
+    """One event; JSON has no raw line breaks, so no text can forge another."""
+    frame = event_json(event)
+    return f"event: {frame['type']}\nid: {event.seq}\ndata: {encode(frame)}\n\n".encode()
+
+
+class EventStream:
+    """A turn's log as server-sent events, with a comment when nothing happens for 15 s.
+
+    Django calls ``close`` when the client hangs up, from a worker thread.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            async with asyncio.timeout(KEEP_ALIVE_S):
+                return sse(await anext(self._reader))
+        except TimeoutError:
+            return b": keep-alive\n\n"
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+# --- Frames from the client ----------------------------------------------------------------------
+
+MAX_FRAME_BYTES = 16_384
+MAX_REF_CHARS = 100
+FRAME_TYPES = ("message.create", "message.retry", "message.cancel", "message.resume", "ping")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    type: str
+    text: str = ""
+    id: uuid.UUID | None = None
+    after_seq: int = 0
+    ref: str | None = None
+
+
+class BadFrame(InvalidRequest):
+    """A frame that cannot be understood; ``ref`` if that much could."""
+
+    def __init__(self, message: str, ref: str | None = None) -> None:
+        super().__init__(message)
+        self.ref = ref
+
+
+def parse_frame(data: str | None) -> Frame:
+    """The client's frame. Raises: BadFrame for anything else that may arrive on a socket."""
+    if data is None:
+        raise BadFrame("Binary frames are not understood. Send JSON as text.")
+    if len(data) > MAX_FRAME_BYTES or len(data.encode("utf-8", "replace")) > MAX_FRAME_BYTES:
+        raise BadFrame(f"The frame is larger than {MAX_FRAME_BYTES:,} bytes.")
+    try:
+        found = loads(data)
+    except ValueError:
+        raise BadFrame("The frame is not valid JSON.") from None
+    if not isinstance(found, dict):
+        raise BadFrame("The frame is not a JSON object.")
+    ref = found.get("ref")
+    if ref is not None and not (isinstance(ref, str) and len(ref) <= MAX_REF_CHARS):
+        raise BadFrame(f"ref must be a string of at most {MAX_REF_CHARS} characters.")
+    return _frame(found, ref)
+
+
+def _frame(found: dict[str, Any], ref: str | None) -> Frame:
+    kind = found.get("type")
+    if not isinstance(kind, str) or kind not in FRAME_TYPES:
+        raise BadFrame(f"type must be one of {', '.join(FRAME_TYPES)}.", ref)
+    text, after_seq = found.get("text", ""), found.get("after_seq", 0)
+    if not isinstance(text, str):
+        raise BadFrame("text must be a string.", ref)
+    if not isinstance(after_seq, int) or isinstance(after_seq, bool) or after_seq < 0:
+        raise BadFrame("after_seq must be a whole number of at least 0.", ref)
+    identity = None
+    if kind == "message.retry":
+        try:
+            identity = uuid.UUID(str(found.get("id")))
+        except ValueError:
+            raise BadFrame("id must be the id of an answer.", ref) from None
+    return Frame(kind, text, identity, after_seq, ref)

@@ -1,0 +1,306 @@
+"""``train_model`` from data to a model that answers: seconds of training on a handful of rows.
+
+What comes out is nonsense, but every step between is the one that trains the model that ships.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
+
+from assistant import facts
+from assistant.engine.engine import Engine, EngineConfig
+from assistant.engine.manifest import Manifest
+from assistant.modelkit import corpus, labels
+from tests.conftest import ROOT
+
+# matplotlib and torch warn of their own future; their warnings are not ours to mend.
+pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("default")]
+
+PATIENCE_S = 120
+WRITTEN = corpus.written
+
+
+def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
+    with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def row(source: str, text: str, intent: str, split: str = "train", **more: Any) -> dict[str, Any]:
+    return {"source": source, "text": text, "intent": intent, "split": split, **more}
+
+
+def write_data(folder: Path) -> Path:
+    """A few rows of every public set, of every kind and split that training needs."""
+    folder.mkdir()
+    write(
+        folder,
+        "support_queries",
+        {"query": "cancel purchase {{Order Number}}", "intent": "cancel_order", "split": "train"},
+        {"query": "i forgot my pass", "intent": "recover_password", "split": "dev"},
+    )
+    write(folder, "support_qa")
+    closing = {"support_intent": "delete_account"}
+    write(
+        folder,
+        "intents_banking77",
+        row("banking77", "close my account now", "terminate_account", **closing),
+        row("banking77", "shut my account for good", "terminate_account", "test", **closing),
+        row("banking77", "what is your exchange rate", "exchange_rate"),
+    )
+    write(folder, "intents_natcs")
+    write(
+        folder,
+        "intents_clinc150",
+        row("clinc150", "hello there friend", "greeting"),
+        row("clinc150", "tell me a story", "oos"),
+        row("clinc150", "what is the meaning of life", "oos", "test"),
+        row("clinc150", "how tall is the moon", "oos", "test"),
+    )
+    write(folder, "intents_nlupp", row("nlupp", "a table for two in the evening", "book"))
+    write(folder, "user_turns_multidogo")
+    return folder
+
+
+def few(name: str) -> list[dict[str, Any]]:
+    """The project's own rows, but of the development set only every twentieth."""
+    return WRITTEN(name)[:: 20 if name == "natural_dev" else 1]
+
+
+def train(data: Path, run: Path, *args: str) -> str:
+    out = StringIO()
+    arguments = ["--data", str(data), "--out", str(run), "--no-teacher", *args]
+    call_command("train_model", *arguments, stdout=out, no_color=True)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_torch() -> None:
+    pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("public") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A run of three seconds and everything it said."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "written", few)
+        said = train(data, run, "--minutes", "0.05", "--model-version", "0.0.1")
+    yield run, said
+
+
+def test_a_run_writes_a_checkpoint_settings_and_curves(trained: tuple[Path, str]) -> None:
+    run, _ = trained
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "checkpoint.pt"):
+        assert (run / name).stat().st_size > 100, name
+    settings = json.loads((run / "training.json").read_text())
+    assert settings["config"]["minutes"] == 0.05
+    assert settings["corpus"]["labels"]["cancel_order"] > 10
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_built_model_is_whole_and_knows_its_labels(trained: tuple[Path, str]) -> None:
+    run, _ = trained
+    manifest = Manifest.load(run / "model")
+    assert (manifest.name, manifest.version, manifest.quant) == ("support-en", "0.0.1", "row8")
+    assert manifest.intents.keys() == set(labels.INTENTS)
+    assert manifest.placeholders.keys() == set(facts.PLAIN_WORDS)
+    assert manifest.calibration.temperature > 0
+
+
+def test_the_engine_runs_the_built_model(trained: tuple[Path, str]) -> None:
+    run, _ = trained
+    out = StringIO()
+    rows = run / "rows.jsonl"
+    rows.write_text('{"query": "cancel order 48213377", "intent": "cancel_order"}\n')
+    model = ["--model", str(run / "model")]
+    call_command("evaluate", "--dataset", str(rows), *model, "--json", stdout=out)
+    found = json.loads(out.getvalue())
+    assert found["rows"] == 1 and found["model"] == "support-en@0.0.1"
+
+
+def test_the_model_card_has_figures_answers_and_licences(trained: tuple[Path, str]) -> None:
+    run, said = trained
+    card = (run / "model" / "MODEL_CARD.md").read_text()
+    assert card.startswith("# support-en 0.0.1\n")
+    assert "| built route accuracy | 0." in card or "| built route accuracy | 1." in card
+    assert "how do I cancel my order 48213377?" in card
+    assert "CDLA-Sharing-1.0" in card and "Apache-2.0" in card
+    assert "built route accuracy" in said
+    assert said.endswith(f"built {run / 'model'}\n")
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(
+    trained: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
+    from assistant.modelkit import train as module
+
+    run, _ = trained
+    found = corpus.build(data)
+    config = module.TrainConfig(minutes=0.06, teach_weight=0.0)
+    for name in ("checkpoint.pt", "tokenizer.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    said: list[str] = []
+    module.train(found, facts.mask, tmp_path, config, resume=True, progress=said.append)
+    before, after = clock(run), clock(tmp_path)
+    assert after["steps"] > before["steps"] > 0
+    assert after["elapsed_s"] >= 0.06 * 60 > before["elapsed_s"] >= 0.05 * 60
+    assert said[0].startswith(f"resumed at step {before['steps']:,}, ")
+
+
+def clock(run: Path) -> dict[str, float]:
+    import torch
+
+    steps, tokens, elapsed_s = torch.load(run / "checkpoint.pt", weights_only=True)["clock"]
+    return {"steps": steps, "tokens": tokens, "elapsed_s": elapsed_s}
+
+
+def test_an_interrupted_run_keeps_its_checkpoint_and_says_how_to_go_on(
+    data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "manage.py", "train_model", "--data", str(data), "--out", str(run),
+         "--no-teacher", "--minutes", "30"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + PATIENCE_S
+    while not (run / "training.json").exists():  # written as the first step begins
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert said.splitlines()[-1].endswith("Go on with the same command and --resume."), said
+    assert "Traceback" not in said
+    assert clock(run)["steps"] >= 0
+    assert not (run / "checkpoint.tmp").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_and_tokenizer_given(
+    trained: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
+    from assistant.modelkit import train as module
+
+    run, _ = trained
+    config = module.TrainConfig(minutes=0.0001, learning_rate=0.0, weight_decay=0.0, teach_weight=0)
+    found = module.train(corpus.build(data), facts.mask, tmp_path / "tuned", config, start=run)
+    weights = {key: value for key, value in found.state_dict().items() if "embed_tokens" in key}
+    from safetensors.torch import load_file
+
+    (given,) = [v for k, v in load_file(run / "model.safetensors").items() if "embed_tokens" in k]
+    (tuned,) = weights.values()
+    assert abs(given - tuned).max() < 1e-6
+    kept = (tmp_path / "tuned" / "tokenizer.json").read_bytes()
+    assert kept == (run / "tokenizer.json").read_bytes()
+
+
+def test_equal_seeds_draw_equal_examples(data: Path, trained: tuple[Path, str]) -> None:
+    import random
+
+    from assistant.modelkit import train as module
+    from assistant.modelkit.tokens import Encoder
+
+    run, _ = trained
+    encoder, found = Encoder.load(run / "tokenizer.json"), corpus.build(data)
+    drawn = []
+    for seed in (1, 1, 2):
+        maker = module.ExampleMaker(
+            found, encoder, facts.mask, module.TrainConfig(), random.Random(seed)
+        )
+        drawn.append([maker.draw(at / 50).ids for at in range(50)])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_only_the_answer_and_the_question_are_learned_never_the_control_pieces(
+    data: Path, trained: tuple[Path, str]
+) -> None:
+    import random
+
+    from assistant.modelkit import train as module
+    from assistant.modelkit.tokens import Encoder
+
+    run, _ = trained
+    encoder = Encoder.load(run / "tokenizer.json")
+    maker = module.ExampleMaker(
+        corpus.build(data), encoder, facts.mask, module.TrainConfig(), random.Random(0)
+    )
+    answered = 0
+    for _ in range(200):
+        example = maker.draw(1.0)
+        assert example.ids[example.at] == encoder.id(labels.ASSISTANT)
+        assert example.targets[example.at] == module.IGNORE, "the hidden token has its own loss"
+        if len(example.ids) > example.at + 1:
+            answered += 1
+            assert example.targets[-1] == module.IGNORE
+            assert example.targets[example.at + 1] == example.ids[example.at + 2]
+    assert answered > 50
+
+
+@pytest.mark.parametrize("minutes", ["0", "-5", "nan", "soon"])
+def test_a_run_takes_some_time(minutes: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="not a number of minutes"):
+        train(tmp_path, tmp_path / "run", f"--minutes={minutes}")
+
+
+def test_a_folder_without_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"support_queries.*is missing.*README"):
+        train(tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_calibrated_on_is_refused_before_training(tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    write(folder, "intents_clinc150", row("clinc150", "tell me a story", "oos"))
+    with pytest.raises(CommandError, match="no development rows of the kind out"):
+        train(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_to_start_from_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"nowhere"):
+        train(data, tmp_path / "run", "--from", str(tmp_path / "nowhere"))
+
+
+def test_cuda_without_a_device_is_refused(data: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(CommandError, match="no CUDA device"):
+        train(data, tmp_path / "run", "--device", "cuda")
+
+
+def test_batches_of_the_built_model_do_not_change_its_answers(trained: tuple[Path, str]) -> None:
+    from assistant.modelkit.finish import answers
+
+    run, _ = trained
+    engine = Engine(EngineConfig(run / "model", threads=1))
+    engine.start()
+    try:
+        questions = ["cancel my order", "where is my refund", "hello"]
+        together = answers(engine, facts.mask, questions)
+        alone = [answers(engine, facts.mask, [question])[0] for question in questions]
+    finally:
+        engine.close()
+    assert [reply.intent for reply in together] == [reply.intent for reply in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.confidence == pytest.approx(other.confidence, abs=0.02)

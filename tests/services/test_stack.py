@@ -1,0 +1,303 @@
+"""The product on a real Redis and PostgreSQL, and what is left of it when Redis goes away."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psycopg
+import pytest
+from websockets.sync.client import connect
+
+from tests.conftest import ROOT, free_port, serving
+from tests.services.conftest import Redis, Stack, manage, prepare, stacked, wait_until
+
+TURN_S = 3.0
+
+
+class Client:
+    """A program with a token: one conversation, asked over each transport."""
+
+    def __init__(self, http: str, token: str) -> None:
+        self._http = httpx2.Client(
+            base_url=http, headers={"Authorization": f"Bearer {token}"}, timeout=20
+        )
+        self._ws = http.replace("http", "ws", 1)
+        self._token = token
+        made = self._http.post("/api/v1/conversations/", json={})
+        assert made.status_code == 201, made.text
+        self.id = made.json()["id"]
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._http.close()
+
+    @property
+    def path(self) -> str:
+        return f"/api/v1/conversations/{self.id}/messages/"
+
+    def get(self, path: str) -> httpx2.Response:
+        return self._http.get(path)
+
+    def rest(self, text: str) -> httpx2.Response:
+        return self._http.post(self.path, json={"text": text})
+
+    def sse(self, text: str) -> list[dict[str, Any]]:
+        headers = {"Accept": "text/event-stream"}
+        with self._http.stream("POST", self.path, json={"text": text}, headers=headers) as reply:
+            assert reply.status_code == 200
+            lines = [line.removeprefix("data: ") for line in reply.iter_lines() if "data: " in line]
+        return [json.loads(line) for line in lines]
+
+    def ws(self, text: str) -> list[dict[str, Any]]:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        url = f"{self._ws}/ws/chat/{self.id}/"
+        with connect(url, additional_headers=headers, open_timeout=20) as socket:
+            socket.send(json.dumps({"type": "message.create", "text": text}))
+            frames = [json.loads(socket.recv(20))]
+            while frames[-1]["type"] in ("message.created", "message.delta"):
+                frames.append(json.loads(socket.recv(20)))
+        return frames
+
+
+# -- both there ----------------------------------------------------------------------------------
+
+
+def test_a_turn_is_answered_over_rest_sse_and_websocket(stack: Stack) -> None:
+    with Client(stack.server.http, stack.token) as client:
+        reply = client.rest("one two")
+        assert reply.status_code == 200
+        assert reply.json()["text"] == "one two" and reply.json()["status"] == "complete"
+        for events, text in ((client.sse("three four"), "three four"), (client.ws("five"), "five")):
+            created, *deltas, completed = events
+            assert created["type"] == "message.created"
+            assert "".join(delta["text"] for delta in deltas) == text
+            assert completed["type"] == "message.completed"
+            assert completed["message"]["text"] == text
+        listed = client.get(client.path).json()["results"]
+    assert {message["text"] for message in listed} == {"one two", "three four", "five"}
+
+
+def test_conversations_lie_in_postgresql(stack: Stack) -> None:
+    with Client(stack.server.http, stack.token) as client:
+        assert client.rest("kept in a real database").status_code == 200
+    with psycopg.connect(stack.database_url) as database:
+        rows = database.execute(
+            "SELECT role, text FROM conversations_message WHERE conversation_id = %s ORDER BY seq",
+            [client.id],
+        ).fetchall()
+    text = "kept in a real database"
+    assert rows == [("user", text), ("assistant", text)]
+
+
+def test_redis_holds_json_and_never_pickle(stack: Stack, shared_redis: Redis) -> None:
+    with Client(stack.server.http, stack.token) as client:
+        assert client.rest("counted").status_code == 200
+    with shared_redis.client() as redis:
+        kept = {key: redis.get(key) for key in redis.scan_iter() if redis.type(key) == b"string"}
+    assert kept, "the limiter counts in Redis"
+    for key, value in kept.items():
+        json.loads(value)  # a pickle is not JSON
+        assert b"counted" not in value, f"{key!r} holds what a user wrote"
+
+
+@pytest.mark.slow
+def test_two_processes_count_a_callers_questions_together(
+    redis: Redis, postgres: str, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    rate = {"ASSISTANT_RATE": "3/h"}
+    with (
+        stacked(tmp_path / "one", redis, postgres, **rate) as one,
+        stacked(tmp_path / "two", redis, postgres, **rate) as two,
+        Client(one.server.http, one.token) as first,
+        Client(two.server.http, two.token) as second,
+    ):
+        codes = [client.rest("hi").status_code for client in (first, second, first, second, first)]
+    assert codes == [200, 200, 200, 429, 429]
+
+
+def test_the_doctor_sees_both(shared_redis: Redis, postgres: str, tmp_path: Path) -> None:
+    variables = {"ASSISTANT_DATA_DIR": str(tmp_path), "DATABASE_URL": postgres}
+    prepare(**variables)
+    found = manage("manage.py", "doctor", "--no-color", REDIS_URL=shared_redis.url, **variables)
+    for line in (r"ok      database           PostgreSQL", "ok      cache              Redis, "):
+        assert line in found.stdout, found.stdout + found.stderr
+    assert "ok      migrations" in found.stdout
+
+
+@pytest.mark.slow
+def test_the_doctor_says_what_to_do_when_both_are_gone(tmp_path: Path) -> None:
+    nowhere = free_port()
+    found = manage(
+        "manage.py", "doctor", "--no-color",
+        ASSISTANT_DATA_DIR=str(tmp_path),
+        REDIS_URL=f"redis://127.0.0.1:{nowhere}/0",
+        DATABASE_URL=f"postgres://postgres@127.0.0.1:{nowhere}/none",
+    )  # fmt: skip
+    assert found.returncode == 1, found.stdout
+    assert "Traceback" not in found.stderr
+    broken = [line.split()[1] for line in found.stdout.splitlines() if line.startswith("broken")]
+    assert {"database", "migrations", "cache"} <= set(broken)
+    assert "Is Redis running at REDIS_URL?" in found.stdout
+    assert "Is the server running?" in found.stdout
+
+
+# -- Redis goes away -----------------------------------------------------------------------------
+
+
+def timed(client: Client, text: str) -> tuple[int, float]:
+    began = time.monotonic()
+    return client.rest(text).status_code, time.monotonic() - began
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("end", [Redis.kill, Redis.hang])
+def test_the_chat_goes_on_without_redis(
+    end: Any, redis: Redis, postgres: str, tmp_path: Path
+) -> None:
+    with (
+        stacked(tmp_path, redis, postgres, ASSISTANT_RATE="400/h") as stack,
+        Client(stack.server.http, stack.token) as client,
+    ):
+        assert client.rest("before").status_code == 200
+        end(redis)
+        turns = [timed(client, f"turn {at}") for at in range(12)]
+        assert [status for status, _ in turns] == [200] * 12
+        assert max(seconds for _, seconds in turns) < TURN_S
+        assert client.sse("over a stream")[-1]["type"] == "message.completed"
+        assert client.ws("over a socket")[-1]["type"] == "message.completed"
+        for path in ("/livez", "/accounts/login/", client.path):
+            assert client.get(path).status_code == 200
+        redis.kill()
+        again = Redis.start(redis.folder, redis.port)
+        try:
+            assert client.rest("after").status_code == 200
+        finally:
+            again.kill()
+    assert "Traceback" not in stack.server.log.read_text()
+
+
+@pytest.mark.chaos
+def test_the_limit_still_holds_without_redis(redis: Redis, postgres: str, tmp_path: Path) -> None:
+    with (
+        stacked(tmp_path, redis, postgres, ASSISTANT_RATE="8/h") as stack,
+        Client(stack.server.http, stack.token) as client,
+    ):
+        redis.kill()
+        codes = [client.rest("hi").status_code for _ in range(4)]
+    assert codes == [200, 200, 429, 429], "a quarter of the limit, in each process"
+
+
+@pytest.mark.chaos
+def test_a_turn_is_answered_again_after_postgresql_dropped_every_connection(
+    stack: Stack,
+) -> None:
+    with Client(stack.server.http, stack.token) as client:
+        assert client.rest("before").status_code == 200
+        with psycopg.connect(stack.database_url, autocommit=True) as database:
+            database.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            )
+        codes = [client.rest("after").status_code for _ in range(12)]
+    print(codes)
+    assert codes[-1] == 200 and codes.count(200) >= 1
+
+
+# -- development and background work -------------------------------------------------------------
+
+
+def test_runserver_is_daphne_and_answers(tmp_path: Path) -> None:
+    variables = {"ASSISTANT_DATA_DIR": str(tmp_path), "ASSISTANT_BACKEND": "echo"}
+    token, port, log = prepare(**variables), free_port(), tmp_path / "runserver.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "manage.py", "runserver", "--noreload", f"127.0.0.1:{port}"],
+            cwd=ROOT, env={**os.environ, **variables}, stdout=output, stderr=output,
+        )  # fmt: skip
+    http = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: _alive(http), process, log)
+        with Client(http, token) as client:
+            assert client.rest("one two").json()["text"] == "one two"
+            assert client.ws("three")[-1]["message"]["text"] == "three"
+            style = client.get("/static/conversations/chat.css")
+            assert style.status_code == 200
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert "Daphne" in log.read_text()
+
+
+def _alive(http: str) -> bool:
+    try:
+        return httpx2.get(f"{http}/livez", timeout=5).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("variables", "broker"),
+    [
+        ({}, "filesystem://"),
+        ({"REDIS_URL": "redis://127.0.0.1:1/0"}, "redis://127.0.0.1:1/0"),
+        (
+            {"REDIS_URL": "redis://127.0.0.1:1/0", "CELERY_BROKER_URL": "redis://127.0.0.1:2/0"},
+            "redis://127.0.0.1:2/0",
+        ),
+    ],
+)
+def test_background_work_queues_where_it_is_told(
+    variables: dict[str, str], broker: str, tmp_path: Path
+) -> None:
+    show = "from config import settings as s; print(s.CELERY_BROKER_URL)"
+    found = manage("-c", show, ASSISTANT_DATA_DIR=str(tmp_path), **variables)
+    assert found.stdout.strip() == broker, found.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_takes_its_tasks_from_redis(redis: Redis, postgres: str, tmp_path: Path) -> None:
+    variables = {
+        "ASSISTANT_DATA_DIR": str(tmp_path),
+        "REDIS_URL": redis.url,
+        "DATABASE_URL": postgres,
+    }
+    prepare(**variables)
+    send = "from config.celery import app; app.send_task('conversations.tasks.reap_stale_turns')"
+    sent = manage("-c", send, **variables)
+    assert sent.returncode == 0, sent.stderr
+    log = tmp_path / "worker.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "config", "worker", "--pool", "solo",
+             "--loglevel", "INFO"],
+            cwd=ROOT, env={**os.environ, **variables}, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        done = "reap_stale_turns["
+        wait_until(lambda: " succeeded in " in log.read_text(), process, log)
+        assert done in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_daphne_and_uvicorn_serve_the_same_database(stack: Stack, tmp_path: Path) -> None:
+    with (
+        serving("daphne", tmp_path / "unused", tmp_path, DATABASE_URL=stack.database_url) as other,
+        Client(stack.server.http, stack.token) as client,
+    ):
+        assert client.rest("told to uvicorn").status_code == 200
+        headers = {"Authorization": f"Bearer {stack.token}"}
+        listed = httpx2.get(f"{other.http}{client.path}", headers=headers, timeout=20).json()
+    assert {message["text"] for message in listed["results"]} == {"told to uvicorn"}

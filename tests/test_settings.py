@@ -1,0 +1,130 @@
+"""Settings: they fail loudly, keep their key safe, and refuse a careless production."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from django.conf import settings as current
+from django.core.checks import run_checks
+
+from conversations.checks import production
+from tests.conftest import ROOT
+
+
+def loaded(data: Path, expression: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """That expression over freshly loaded settings, in a process of its own."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("ASSISTANT_")}
+    return subprocess.run(
+        [sys.executable, "-c", f"from config import settings as s; print({expression})"],
+        cwd=ROOT,
+        env={**clean, "ASSISTANT_DATA_DIR": str(data), **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ASSISTANT_MAX_BATCH", "abc"),
+        ("ASSISTANT_MAX_BATCH", "-1"),
+        ("ASSISTANT_MAX_BATCH", "0"),
+        ("ASSISTANT_REQUEST_TIMEOUT_S", "soon"),
+        ("ASSISTANT_RATE", "20"),
+        ("DEBUG", "perhaps"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(tmp_path, name, value):
+    failed = loaded(tmp_path, "1", **{name: value})
+    assert failed.returncode != 0
+    assert f"{name}='{value}'" in failed.stderr.splitlines()[-1]
+
+
+def test_debug_false_as_a_word_is_false(tmp_path):
+    assert loaded(tmp_path, "s.DEBUG", DEBUG="false").stdout == "False\n"
+    assert loaded(tmp_path, "s.DEBUG").stdout == "False\n"
+
+
+def test_a_clone_gets_a_key_of_its_own_and_keeps_it(tmp_path):
+    first = loaded(tmp_path, "s.SECRET_KEY")
+    again = loaded(tmp_path, "s.SECRET_KEY")
+    other = loaded(tmp_path / "other", "s.SECRET_KEY")
+    assert first.stdout == again.stdout != other.stdout, first.stderr
+    assert len(first.stdout.strip()) >= 50
+    assert stat.S_IMODE((tmp_path / "secret_key").stat().st_mode) == 0o600
+
+
+def test_redis_and_postgresql_are_one_variable_each(tmp_path):
+    shown = loaded(
+        tmp_path,
+        "[s.CACHES['default']['OPTIONS'], s.CHANNEL_LAYERS['default']['BACKEND'], "
+        "s.DATABASES['default']['OPTIONS'], s.SILENCED_SYSTEM_CHECKS]",
+        REDIS_URL="redis://127.0.0.1:1/0",
+        DATABASE_URL="postgres://u:p@127.0.0.1/db",
+    ).stdout
+    assert "JSONSerializer" in shown and "'SOCKET_TIMEOUT': 0.2" in shown
+    assert "RedisPubSubChannelLayer" in shown and "'pool'" in shown
+    assert "ratelimit" not in shown  # its checks are only silenced for local memory
+
+
+def test_a_careless_production_is_refused(settings):
+    settings.DEBUG = False
+    settings.ALLOWED_HOSTS = ["*"]
+    settings.SECRET_KEY_IS_KEPT = True
+    assert [found.id for found in production()] == ["conversations.E001", "conversations.E002"]
+    settings.ALLOWED_HOSTS = ["chat.example.com"]
+    settings.SECRET_KEY_IS_KEPT = False
+    assert production() == []
+
+
+def test_production_settings_pass_djangos_own_list(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ASSISTANT_DATA_DIR": str(tmp_path),
+            "ASSISTANT_HTTPS": "true",
+            "SECRET_KEY": "k8#" * 20 + "-abcdefghij",
+            "ALLOWED_HOSTS": "chat.example.com",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_variable_is_explained():
+    assert len(current.ENVIRONMENT) > 25
+    for variable in current.ENVIRONMENT.values():
+        assert variable.help.endswith("."), variable
+
+
+def test_unknown_options_backends_and_steps_are_refused_by_the_check(settings):
+    echo = "assistant.backends.echo.EchoBackend"
+    settings.ASSISTANT = {
+        **settings.ASSISTANT,
+        "BACKENDS": {
+            "echo": {"BACKEND": echo, "OPTIONS": {"speed": 3}},
+            "gone": {"BACKEND": "assistant.backends.gone.Backend"},
+        },
+        "ROUTE": ["reviewed", "nobody"],
+    }
+    found = [str(message.msg) for message in run_checks() if message.id == "assistant.E001"]
+    assert len(found) == 3
+    assert "no option 'speed'" in found[0] and "delay_s" in found[0]
+    assert "'gone' cannot be imported" in found[1]
+    assert "'nobody'" in found[2]
+
+
+def test_the_migrations_are_complete(db):
+    from django.core.management import call_command
+
+    call_command("makemigrations", "--check", "--dry-run", verbosity=0)
