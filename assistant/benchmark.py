@@ -127,7 +127,7 @@ def open_engine(model_dir: Path, workload: Workload, threads: int = 0) -> Engine
             max_batch=workload.concurrency,
             max_queue=workload.concurrency,
             max_queue_tokens=workload.concurrency * context_tokens,
-            step_tokens=max(256, workload.concurrency),
+            step_tokens=max(256, 2 * workload.concurrency),
             context_tokens=context_tokens,
         )
     )

@@ -309,6 +309,7 @@ if _database["ENGINE"].endswith("sqlite3"):
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
     }
 else:
+    _database["CONN_HEALTH_CHECKS"] = True  # the pool never hands out a connection that died
     _database["CONN_MAX_AGE"] = 0  # the pool keeps connections; an idle stream holds none
     _database["OPTIONS"] = {
         **_database.get("OPTIONS", {}),
@@ -445,6 +446,8 @@ ASSISTANT: dict[str, Any] = {
         ),
         "Live Chat": env_text("ASSISTANT_SUPPORT_LIVE_CHAT", "", "Where your live chat is."),
     },
+    # Dotted paths of functions (user) -> {"Order Number": ...}: what your product knows of a user.
+    "FACT_FUNCTIONS": [],
     "EXAMPLES": [
         "How do I cancel my order?",
         "Where is my refund?",

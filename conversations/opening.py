@@ -24,6 +24,8 @@ from conversations.models import Conversation, Message
 from fallback import answers
 from fallback.router import Ask
 
+#: Both a reason in the row and the name of the model's own intent for it.
+OUT_OF_SCOPE = "out_of_scope"
 #: Earlier messages looked at; more never fit a context of 1,024 tokens.
 MAX_EARLIER = 60
 TITLE_CHARS = 80
@@ -111,14 +113,20 @@ def _earlier(
         rows = rows.filter(seq__lt=before)
     pairs: list[tuple[types.Message, types.Message]] = []
     answer: Message | None = None
-    for row in rows.only("role", "text", "intent", "status", "conversation_id")[:MAX_EARLIER]:
+    columns = ("role", "text", "intent", "degraded_reason", "status", "conversation_id")
+    for row in rows.only(*columns)[:MAX_EARLIER]:
         if row.role == Message.Role.ASSISTANT:
             answer = row if row.text and row.status in _USABLE else None
         elif answer is not None:
-            said = types.Message("assistant", answer.text, answer.intent or None)
+            said = types.Message("assistant", answer.text, _answered_as(answer))
             pairs.append((types.Message("user", row.text), said))
             answer = None
     return pairs[::-1]
+
+
+def _answered_as(answer: Message) -> str | None:
+    """The intent the answer was written under: a polite refusal keeps its question's own beside."""
+    return OUT_OF_SCOPE if answer.degraded_reason == OUT_OF_SCOPE else answer.intent or None
 
 
 def _store_question(

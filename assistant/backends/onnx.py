@@ -120,8 +120,8 @@ class OnnxBackend(Backend):
             max_queue=options.max_queue,
             max_queue_tokens=options.max_queue_tokens,
             context_tokens=options.context_tokens,
-            # A step has to hold one token of every running answer.
-            step_tokens=max(_STEP_TOKENS, options.max_batch),
+            # A step holds one token of every running answer, and some of a new question.
+            step_tokens=max(_STEP_TOKENS, 2 * options.max_batch),
         )
 
     # -- one answer --------------------------------------------------------------------------

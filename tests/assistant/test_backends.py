@@ -411,9 +411,11 @@ async def test_a_crash_fails_the_answers_being_written_and_the_next_one_works(
 async def test_an_answer_cut_off_by_a_shutdown_fails_as_ours(make_onnx: MakeOnnx) -> None:
     backend = make_onnx()
     gate = hold(backend)
-    reading = asyncio.create_task(events_of(backend))
+    reading = asyncio.create_task(events_of(backend, max_new_tokens=900))
     await until(lambda: gate.waiting)
+    engine = backend.engine
     closing = asyncio.create_task(asyncio.to_thread(backend.close))
+    await until(lambda: engine._closed)
     gate.open.set()
     await closing
     with pytest.raises(GenerationFailed):

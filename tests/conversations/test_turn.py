@@ -15,6 +15,7 @@ from django.db import OperationalError
 from django.utils import timezone
 
 from assistant.errors import Conflict, InvalidRequest, NotFound, RateLimited
+from conversations import opening
 from conversations import turn as turns
 from conversations.limits import Caller
 from conversations.models import Conversation, Message
@@ -440,3 +441,15 @@ async def test_when_nothing_can_answer_a_person_is_offered(opened, settings):
     message = await (await opened("/echo fail=unavailable blue cheese")).result()
     assert (message.route, message.degraded_reason) == ("human", "error")
     assert "+1 555 0100" in message.text and "Mon-Fri 9-17" in message.text
+
+
+def test_a_polite_refusal_is_remembered_as_one_and_not_as_its_best_guess(
+    caller: Caller, conversation: Conversation
+) -> None:
+    refused = {"intent": "get_refund", "degraded_reason": "out_of_scope", "route": "model"}
+    Message.objects.create(conversation=conversation, seq=1, role="user", text="the weather?")
+    Message.objects.create(
+        conversation=conversation, seq=2, role="assistant", text="Not mine.", **refused
+    )
+    messages = opening.first_run(caller, conversation, "and a refund?", None).ask.messages
+    assert [message.intent for message in messages] == [None, "out_of_scope", None]

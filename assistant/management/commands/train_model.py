@@ -54,9 +54,7 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         except KeyboardInterrupt as interrupt:
             kept = (options["out"] / "checkpoint.pt").exists()
-            how = (
-                "Go on with the same command and --resume." if kept else "Nothing was learned yet."
-            )
+            how = "Go on with the same command and --resume." if kept else "Nothing is lost."
             raise CommandError(f"Interrupted. {how}") from interrupt
 
     def _run(self, options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,10 @@ class Command(BaseCommand):
     help = "Print a new API token for USER. It is stored as a digest and cannot be shown again."
 
     def add_arguments(self, parser: CommandParser) -> None:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = (
+            "examples:\n  manage.py issue_token ana\n  TOKEN=$(manage.py issue_token ana --days 30)"
+        )
         parser.add_argument("user", metavar="USER", help="name of an active user")
         parser.add_argument("--days", type=int, help="life of the token (ASSISTANT_TOKEN_DAYS)")
 
