@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assistant.engine.engine import Engine, EngineConfig
+from assistant.engine import Engine, EngineConfig
 
 
 @dataclass(frozen=True, slots=True)

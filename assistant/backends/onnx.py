@@ -11,9 +11,24 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from assistant.backends.base import Backend
+from assistant.engine import (
+    ChatTurn,
+    Codec,
+    Engine,
+    EngineConfig,
+    EngineError,
+    Generation,
+    Manifest,
+    ManifestError,
+    PromptTooLong,
+    Sampling,
+    StopFilter,
+    Verdict,
+)
+from assistant.engine import Overloaded as QueueFull
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -22,6 +37,7 @@ from assistant.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from assistant.facts import Filler, mask
 from assistant.types import (
     Band,
     Delta,
@@ -33,13 +49,6 @@ from assistant.types import (
     Started,
     Usage,
 )
-
-if TYPE_CHECKING:
-    from assistant.engine.engine import Engine, Generation
-    from assistant.engine.manifest import Manifest
-    from assistant.engine.sampling import Verdict
-    from assistant.engine.text import ChatTurn, Codec
-
 
 #: The engine's own default: how long a long question may hold up running answers.
 _STEP_TOKENS = 256
@@ -96,12 +105,9 @@ class OnnxBackend(Backend):
 
     def _ready(self) -> _Ready:
         """The started engine; a crashed one is started again. Raises: ModelUnavailable."""
-        from assistant.engine.engine import Engine, EngineConfig, EngineError
-        from assistant.engine.manifest import ManifestError
-
         with self._lock:
             try:
-                engine = self._engine or Engine(self._config(EngineConfig))
+                engine = self._engine or Engine(self._config())
                 engine.start()
             except (ManifestError, EngineError) as error:
                 raise ModelUnavailable(str(error)) from error
@@ -111,9 +117,9 @@ class OnnxBackend(Backend):
         assert engine.codec is not None and engine.manifest is not None
         return _Ready(engine, engine.codec, engine.manifest)
 
-    def _config(self, config: type[Any]) -> Any:
+    def _config(self) -> EngineConfig:
         options: Options = self.options
-        return config(
+        return EngineConfig(
             model_dir=Path(options.model_dir),
             threads=options.threads,
             max_batch=options.max_batch,
@@ -142,9 +148,6 @@ class OnnxBackend(Backend):
 
     def _submit(self, ready: _Ready, prompt: list[int], params: Params) -> Generation:
         """Raises: Overloaded, ContextTooLong, InvalidRequest, GenerationFailed."""
-        from assistant.engine import engine as e
-        from assistant.engine.sampling import Sampling
-
         try:
             return ready.engine.submit(
                 prompt,
@@ -159,14 +162,14 @@ class OnnxBackend(Backend):
                 stop_ids={ready.codec.end_id},
                 first=ready.manifest.first_token_rule(),
             )
-        except e.Overloaded as error:
+        except QueueFull as error:
             raise Overloaded(
                 f"The assistant is busy: {error}. Try again shortly.",
                 retry_after_s=max(1.0, error.eta_s),
             ) from error
-        except e.PromptTooLong as error:
+        except PromptTooLong as error:
             raise ContextTooLong(f"The question is too long: {error}.") from error
-        except e.EngineError as error:
+        except EngineError as error:
             raise _failed(error) from error
         except ValueError as error:
             raise InvalidRequest(f"The parameters do not fit: {error}.") from error
@@ -179,8 +182,6 @@ class OnnxBackend(Backend):
         values: dict[str, str],
         input_tokens: int,
     ) -> AsyncIterator[Event]:
-        from assistant.engine.engine import EngineError
-
         writer = _Writer(ready.codec, params, values)
         begun = False
         try:
@@ -204,9 +205,6 @@ class _Writer:
     """Tokens to visible text: detokenise, stop strings, placeholders. One answer each."""
 
     def __init__(self, codec: Codec, params: Params, values: dict[str, str]) -> None:
-        from assistant.engine.text import StopFilter
-        from assistant.facts import Filler
-
         self._end_id = codec.end_id
         self._text = codec.stream()
         self._stops = StopFilter(params.stop)
@@ -268,8 +266,6 @@ def _band(manifest: Manifest, verdict: Verdict) -> Band:
 
 def _masked(messages: Sequence[Message]) -> tuple[list[ChatTurn], dict[str, str]]:
     """The turns as the model reads them, and the values taken out; the latest of a kind wins."""
-    from assistant.engine.text import ChatTurn
-    from assistant.facts import mask
 
     turns: list[ChatTurn] = []
     values: dict[str, str] = {}

@@ -4,21 +4,19 @@ No Django, no network, nothing of this project: token ids in, token ids and log-
 Importing it is cheap; onnxruntime is loaded by ``Engine.start()``.
 """
 
-from assistant.engine.engine import (
-    Engine,
+from assistant.engine.engine import Engine
+from assistant.engine.errors import (
     EngineClosed,
-    EngineConfig,
     EngineCrashed,
     EngineError,
-    EngineStats,
-    Generation,
     Overloaded,
     PromptTooLong,
-    Token,
 )
+from assistant.engine.generation import Generation, Token
 from assistant.engine.manifest import Manifest, ManifestError
 from assistant.engine.sampling import FirstTokenRule, Sampling, Verdict
 from assistant.engine.text import ChatTurn, Codec, Slot, StopFilter, TextStream
+from assistant.engine.worker import EngineConfig, EngineStats
 
 __all__ = [
     "ChatTurn",

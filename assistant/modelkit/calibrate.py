@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from assistant.engine.manifest import Calibration
 from assistant.modelkit import labels, scoring
-from assistant.modelkit.tokens import Encoder
-from assistant.modelkit.train import Mask
+from assistant.modelkit.tokens import Encoder, Mask
 
 if TYPE_CHECKING:
     from assistant.modelkit.student import Student
@@ -49,7 +49,7 @@ def score(model: Student, encoder: Encoder, mask: Mask, texts: Sequence[str]) ->
 
 def calibrate(
     model: Student, encoder: Encoder, mask: Mask, dev: dict[str, list[tuple[str, str]]]
-) -> tuple[scoring.Calibration, dict[str, Any]]:
+) -> tuple[Calibration, dict[str, Any]]:
     """Fits on every other natural row, reports on the rest. ``dev``: (text, label) by source."""
     model.eval()
     found = {
@@ -82,7 +82,7 @@ def _join(sets: Sequence[Labelled], keep: Sequence[str]) -> Labelled:
     return Scores(np.array(intents), np.array(scope)), names
 
 
-def _fit(natural: Labelled, outside: Labelled) -> scoring.Calibration:
+def _fit(natural: Labelled, outside: Labelled) -> Calibration:
     scores, names = natural
     wanted = np.array([labels.INTENTS.index(name) for name in names])
     temperature = scoring.fit_temperature(scores.intents[::2], wanted[::2])
@@ -92,7 +92,7 @@ def _fit(natural: Labelled, outside: Labelled) -> scoring.Calibration:
     sure = chances.max(1)
     answer = scoring.threshold_for_error(sure, right, 0.05)
     caution = min(answer, scoring.threshold_for_error(sure, right, 0.15))
-    return scoring.Calibration(
+    return Calibration(
         temperature=temperature,
         scope_temperature=scale,
         scope_bias=bias,
@@ -115,7 +115,7 @@ def _scope_threshold(
 
 
 def _figures(
-    found: dict[str, Labelled], natural: Labelled, outside: Labelled, fitted: scoring.Calibration
+    found: dict[str, Labelled], natural: Labelled, outside: Labelled, fitted: Calibration
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, (scores, wanted) in found.items():
@@ -141,7 +141,7 @@ def _figures(
 
 
 def write_card_source(
-    folder: Path, name: str, version: str, fitted: scoring.Calibration, figures: dict[str, Any]
+    folder: Path, name: str, version: str, fitted: Calibration, figures: dict[str, Any]
 ) -> None:
     """``inhouse.json``: what the builder copies into the manifest of the model."""
     encoder = Encoder.load(folder / "tokenizer.json")

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assistant.engine.engine import Engine, EngineConfig
+from assistant.engine import Engine, EngineConfig
 from assistant.engine.text import ChatTurn, Slot
 from assistant.modelkit import card, labels, scoring
 from assistant.modelkit.build import build
 from assistant.modelkit.calibrate import calibrate, write_card_source
 from assistant.modelkit.corpus import Corpus
-from assistant.modelkit.tokens import Encoder
-from assistant.modelkit.train import Mask, Progress
+from assistant.modelkit.tokens import Encoder, Mask
+from assistant.modelkit.train import Progress
 
 if TYPE_CHECKING:
     from assistant.modelkit.student import Student

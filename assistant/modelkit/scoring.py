@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -116,18 +115,6 @@ def _fold(text: str) -> str:
 
 
 # -- calibration -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What turns the raw scores of the first position into probabilities and bands."""
-
-    temperature: float = 1.0
-    scope_temperature: float = 1.0
-    scope_bias: float = 0.0
-    scope_threshold: float = 0.5
-    answer_from: float = 0.6
-    caution_from: float = 0.35
 
 
 def softmax(logits: Floats) -> Floats:

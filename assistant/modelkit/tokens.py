@@ -6,10 +6,10 @@ format and nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from assistant.modelkit import labels
 
@@ -39,6 +39,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+class MaskedText(Protocol):
+    """What a mask function returns; ``parts`` mixes plain text and placeholder names."""
+
+    @property
+    def parts(self) -> Sequence[str]: ...
+
+
+Mask = Callable[[str], MaskedText]
 
 
 @dataclass(frozen=True, slots=True)

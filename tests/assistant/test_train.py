@@ -17,7 +17,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 
 from assistant import facts
-from assistant.engine.engine import Engine, EngineConfig
+from assistant.engine import Engine, EngineConfig
 from assistant.engine.manifest import Manifest
 from assistant.modelkit import corpus, labels
 

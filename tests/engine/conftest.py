@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assistant.engine.engine import Engine, EngineConfig, Generation, Loaded
+from assistant.engine import Engine, EngineConfig, Generation
 from assistant.engine.runner import Batch
 from assistant.engine.sampling import Floats
 from assistant.engine.text import Codec
+from assistant.engine.worker import Loaded
 from assistant.modelkit.build import build_random
 
 PATIENCE_S = 20.0

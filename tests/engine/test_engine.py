@@ -25,17 +25,18 @@ from assistant.engine import (
     EngineCrashed,
     EngineError,
     FirstTokenRule,
+    Generation,
     ManifestError,
     Overloaded,
     PromptTooLong,
     Sampling,
     Slot,
 )
-from assistant.engine.engine import Generation, Loaded
 from assistant.engine.manifest import Manifest
 from assistant.engine.runner import Batch, OnnxRunner, runs
 from assistant.engine.sampling import Floats
 from assistant.engine.text import ChatTurn, Codec
+from assistant.engine.worker import Loaded
 from tests.engine.conftest import PATIENCE_S, FakeRunner, MakeEngine, ids
 
 ROOT = Path(__file__).parents[2]

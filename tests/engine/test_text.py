@@ -8,7 +8,7 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from assistant.engine.engine import Engine
+from assistant.engine import Engine
 from assistant.engine.manifest import Manifest, ManifestError
 from assistant.engine.text import ChatTurn, Codec, Slot, StopFilter
 

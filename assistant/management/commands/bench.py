@@ -60,7 +60,7 @@ class Command(BaseCommand):
         from django.conf import settings
 
         from assistant import benchmark
-        from assistant.engine.engine import EngineError
+        from assistant.engine import EngineError
         from assistant.engine.manifest import ManifestError
 
         model = settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]["model_dir"]

@@ -62,9 +62,10 @@ class Command(BaseCommand):
 
         from assistant import facts
         from assistant.modelkit import corpus, train
+        from assistant.modelkit.examples import TrainConfig
         from assistant.modelkit.finish import finish
 
-        config = train.TrainConfig(
+        config = TrainConfig(
             minutes=options["minutes"], seed=options["seed"], device=options["device"]
         )
         if options["no_teacher"]:

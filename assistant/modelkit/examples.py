@@ -1,0 +1,253 @@
+"""Samples to sequences: augmented questions, fresh answers and histories, batches of like length.
+
+Draws at random from a corpus, as often from each source as the mix says. Knows tokens; knows
+nothing of models, losses or optimisers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from assistant.modelkit import labels
+from assistant.modelkit.corpus import Answers, Corpus, Sample, Turn, augment
+from assistant.modelkit.tokens import Encoder, Mask
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What a run depends on; written beside the weights."""
+
+    minutes: float = 70.0
+    seed: int = 0
+    device: str = "cpu"
+    vocab_size: int = 6144
+    batch_tokens: int = 2048
+    max_tokens: int = 384
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    ema: float = 0.998
+    question_weight: float = 0.1
+    teach_weight: float = 2.0
+    scope_weight: float = 0.5
+    answer_weight: float = 1.0
+    #: Share of unlabelled text at the start and at the end of the run.
+    unlabelled: tuple[float, float] = (0.6, 0.1)
+    #: How often each source is drawn among the labelled rows.
+    mix: tuple[tuple[str, float], ...] = (
+        ("bitext", 0.30),
+        ("natural", 0.08),
+        ("written", 0.27),
+        ("out", 0.16),
+        ("written_out", 0.05),
+        ("talk", 0.06),
+        ("dialogue", 0.08),
+    )
+    answered: float = 0.45
+    checkpoint_every_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence. ``at``: index of the last ``<|assistant|>``; -1 in a target is not trained."""
+
+    ids: list[int]
+    targets: list[int]
+    weights: list[float]
+    at: int
+    intent: int
+    scope: float
+    scope_weight: float
+    teacher: int
+
+
+class ExampleMaker:
+    """Turns samples into sequences, with augmentation, a fresh answer and a fresh history."""
+
+    def __init__(
+        self, corpus: Corpus, encoder: Encoder, mask: Mask, config: TrainConfig, rng: random.Random
+    ) -> None:
+        self.encoder, self.mask, self.config, self.rng = encoder, mask, config, rng
+        self.answers: Answers = corpus.answers or Answers([])
+        self.user = encoder.id(labels.USER)
+        self.assistant = encoder.id(labels.ASSISTANT)
+        self.intents = {name: encoder.id(labels.intent_token(name)) for name in labels.INTENTS}
+        self.by_group = self._group(corpus)
+        self.unlabelled = corpus.unlabelled
+        self.teacher_index: dict[str, int] = {}
+
+    def _group(self, corpus: Corpus) -> dict[str, list[list[Sample]]]:
+        """Samples by source, then by intent, so that rare intents are drawn as often."""
+        groups: dict[str, dict[str, list[Sample]]] = {}
+        for sample in corpus.labelled + corpus.dialogues:
+            intent = sample.turns[-1].intent
+            groups.setdefault(sample.group, {}).setdefault(intent, []).append(sample)
+        return {name: list(found.values()) for name, found in groups.items()}
+
+    def draw(self, progress: float) -> Example:
+        """A random example for this point (0..1) of the run."""
+        first, last = self.config.unlabelled
+        share = first + (last - first) * min(1.0, progress / 0.5)
+        if self.unlabelled and self.rng.random() < share:
+            return self._plain(self.rng.choice(self.unlabelled))
+        mix = [(name, weight) for name, weight in self.config.mix if name in self.by_group]
+        names, weights = zip(*mix, strict=True)
+        group = self.rng.choices(names, weights)[0]
+        return self._labelled(self.rng.choice(self.rng.choice(self.by_group[group])))
+
+    def _plain(self, text: str) -> Example:
+        ids = [self.user, *self._question(text), self.assistant]
+        return self._example(ids, teacher=self.teacher_index.get(text, -1))
+
+    def _labelled(self, sample: Sample) -> Example:
+        last = sample.turns[-1]
+        ids = self._history(sample)
+        start = len(ids)
+        parts = self.mask(augment(last.question, self.rng)).parts
+        ids += [self.user, *self.encoder.parts(parts), self.assistant]
+        answer = self._answer(last, parts, sample)
+        example = self._example(
+            ids,
+            answer=answer,
+            start=start,
+            intent=last.intent,
+            group=sample.group,
+            teacher=self.teacher_index.get(last.question, -1) if start == 0 else -1,
+        )
+        return example
+
+    def _history(self, sample: Sample) -> list[int]:
+        ids: list[int] = []
+        turns = sample.turns[:-1]
+        if not turns and self.rng.random() < 0.12:
+            turns = self._unrelated()
+        for turn in turns:
+            question, answer = turn.question, turn.answer
+            if sample.group == "dialogue" and self.rng.random() < 0.3:
+                question, answer = self._same_intent(turn)
+            parts = self.mask(augment(question, self.rng)).parts
+            ids += [self.user, *self.encoder.parts(parts), self.assistant]
+            ids.append(self.intents[turn.intent])
+            ids += self.encoder.answer(answer or self._written(turn.intent, parts))
+        return ids
+
+    def _unrelated(self) -> tuple[Turn, ...]:
+        """A turn about something else: a topic change must be followed, history or not."""
+        group = self.by_group[self.rng.choice(["bitext", "written", "talk"])]
+        return (self.rng.choice(self.rng.choice(group)).turns[-1],)
+
+    def _same_intent(self, turn: Turn) -> tuple[str, str | None]:
+        for group in ("written", "talk"):
+            for samples in self.by_group.get(group, []):
+                if samples[0].turns[-1].intent == turn.intent:
+                    return self.rng.choice(samples).turns[-1].question, None
+        return turn.question, turn.answer
+
+    def _question(self, text: str) -> list[int]:
+        return self.encoder.parts(self.mask(augment(text, self.rng)).parts)
+
+    def _answer(self, turn: Turn, parts: Sequence[str], sample: Sample) -> list[int]:
+        if turn.answer:
+            return self.encoder.answer(turn.answer)
+        if self.rng.random() > self.config.answered:
+            return []
+        return self.encoder.answer(self._written(turn.intent, parts))
+
+    def _written(self, intent: str, parts: Sequence[str]) -> str:
+        slots = frozenset(str(part) for part in parts if type(part) is not str)
+        return self.answers.pick(intent, slots, self.rng)
+
+    def _example(
+        self,
+        ids: list[int],
+        *,
+        answer: Sequence[int] = (),
+        start: int = 0,
+        intent: str | None = None,
+        group: str = "",
+        teacher: int = -1,
+    ) -> Example:
+        at = len(ids) - 1
+        full = ids + ([self.intents[intent], *answer] if intent and answer else [])
+        targets = [IGNORE] * len(full)
+        weights = [0.0] * len(full)
+        for position in range(start, len(full) - 1):
+            if position == at:
+                continue
+            targets[position] = full[position + 1]
+            weights[position] = (
+                self.config.answer_weight if position > at else self.config.question_weight
+            )
+        in_scope = intent != labels.OUT_OF_SCOPE
+        return Example(
+            ids=full[: self.config.max_tokens],
+            targets=targets[: self.config.max_tokens],
+            weights=weights[: self.config.max_tokens],
+            at=at,
+            intent=labels.INTENTS.index(intent) if intent and in_scope else IGNORE,
+            scope=float(in_scope),
+            # Bitext's style gives it away: in scope by style alone is not what we want to teach.
+            scope_weight=0.0 if intent is None else 0.15 if group == "bitext" else 1.0,
+            teacher=teacher,
+        )
+
+
+def batches(maker: ExampleMaker, progress: Callable[[], float]) -> Iterator[list[Example]]:
+    """Endless batches of about ``batch_tokens`` padded tokens, alike in length."""
+    while True:
+        pool = [maker.draw(progress()) for _ in range(768)]
+        pool = [example for example in pool if example.at < maker.config.max_tokens]
+        pool.sort(key=lambda example: len(example.ids))
+        cut: list[list[Example]] = [[]]
+        for example in pool:
+            if (len(cut[-1]) + 1) * len(example.ids) > maker.config.batch_tokens:
+                cut.append([])
+            cut[-1].append(example)
+        maker.rng.shuffle(cut)
+        yield from (batch for batch in cut if batch)
+
+
+@dataclass(slots=True)
+class Tensors:
+    """A batch on the device: (B, T) ids, targets and weights, (B,) everything else."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    at: torch.Tensor
+    intent: torch.Tensor
+    scope: torch.Tensor
+    scope_weight: torch.Tensor
+    teacher: torch.Tensor
+
+
+def collate(batch: Sequence[Example], device: str) -> Tensors:
+    import torch
+
+    longest = max(len(example.ids) for example in batch)
+
+    def pad(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(
+            [row + [fill] * (longest - len(row)) for row in rows], dtype=dtype, device=device
+        )
+
+    def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([getattr(e, name) for e in batch], dtype=dtype, device=device)
+
+    return Tensors(
+        ids=pad([e.ids for e in batch], 0, torch.long),
+        targets=pad([e.targets for e in batch], IGNORE, torch.long),
+        weights=pad([e.weights for e in batch], 0.0, torch.float32),
+        at=flat("at", torch.long),
+        intent=flat("intent", torch.long),
+        scope=flat("scope", torch.float32),
+        scope_weight=flat("scope_weight", torch.float32),
+        teacher=flat("teacher", torch.long),
+    )
