@@ -22,8 +22,10 @@ from assistant.errors import AssistantError, NotFound
 from conversations import wire
 from conversations.access import caller_of_socket
 from conversations.limits import Caller
+from conversations.log import Reader
 from conversations.models import Conversation, Message
-from conversations.turn import Reader, Turn, running, stop
+from conversations.running import running, stop
+from conversations.turn import Turn
 from conversations.wire import Frame
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def connect(self) -> None:
         self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
         self._caller: Caller | None = None
+        self._turn: Turn | None = None
         self._reader: Reader | None = None
         self._follower: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[str | None] = asyncio.Queue(INBOX_FRAMES)
@@ -86,7 +89,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         return self._frames > MAX_FRAMES
 
     async def disconnect(self, code: int) -> None:
-        turn = self._reader.turn if self._reader is not None else None
+        turn = self._turn
         await self._end(None)
         if turn is not None:
             await turn.settled(SETTLE_S)
@@ -152,7 +155,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                 await self._resume(frame)
             case _:
                 turn = await self._opened(frame)
-                self._follow(turn.read(), frame.ref)
+                self._follow(turn, 0, frame.ref)
 
     async def _opened(self, frame: Frame) -> Turn:
         """The turn; if the client leaves while it is being opened, it ends at once."""
@@ -191,7 +194,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def _resume(self, frame: Frame) -> None:
         turn = running.get(self._conversation_id)
         if turn is not None:
-            self._follow(turn.read(frame.after_seq), frame.ref)
+            self._follow(turn, frame.after_seq, frame.ref)
         else:
             self._leave()
             self._follower = asyncio.create_task(self._await_elsewhere(frame.ref))
@@ -205,18 +208,18 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     # -- following a turn
 
-    def _follow(self, reader: Reader, ref: str | None) -> None:
-        """Read that log from now on, and no other."""
+    def _follow(self, turn: Turn, after_seq: int, ref: str | None) -> None:
+        """Read that turn's log from now on, and no other."""
         self._leave()
-        self._reader = reader
-        self._follower = asyncio.create_task(self._pump(reader, ref))
+        self._turn, self._reader = turn, turn.read(after_seq)
+        self._follower = asyncio.create_task(self._pump(self._reader, ref))
 
     def _leave(self) -> None:
         if self._follower is not None:
             self._follower.cancel()
         if self._reader is not None:
             self._reader.close()
-        self._reader = self._follower = None
+        self._turn = self._reader = self._follower = None
 
     async def _pump(self, reader: Reader, ref: str | None) -> None:
         """Events as frames, no faster than the socket takes them."""

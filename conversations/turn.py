@@ -1,12 +1,9 @@
 """THE pipeline: one question, one answer, from admission to the stored message.
 
-``Turn.open`` is sync, touches the database and raises our errors before the first byte. Reading a
-turn is async: the first reader starts its task, the task writes a numbered log, every transport
-reads that log from wherever it likes. Knows no transport: HTTP and sockets only map the events.
-
-Stages of the task: route -> log (deltas joined per 30 ms) -> persist -> signal. The two last are in
-``finally`` and shielded, so a message ends complete, stopped, interrupted or failed; never as
-nothing. While the tokens run, a second task writes a sign of life and the text so far.
+``Turn.open`` is sync, touches the database and raises our errors before the first byte. The first
+reader starts the task: route -> log -> persist -> signal. The last two are in ``finally`` and
+shielded, so a message ends complete, stopped, interrupted or failed; never as nothing.
+Knows no transport (each reads the log, see ``log``) and no other turn (see ``running``).
 """
 
 from __future__ import annotations
@@ -17,8 +14,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
@@ -29,10 +26,12 @@ from django.dispatch import Signal
 from django.utils import timezone
 
 from assistant import types
-from assistant.errors import AssistantError, GenerationFailed, RateLimited
+from assistant.errors import AssistantError, GenerationFailed
 from conversations import limits, markdown, opening
 from conversations.limits import Caller
-from conversations.models import ALIVE_EVERY_S, STALE_AFTER, Conversation, Message
+from conversations.log import Created, Delta, Log, Reader
+from conversations.models import ALIVE_EVERY_S, Conversation, Message
+from conversations.running import running
 from fallback.router import Routed, route
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ending = Literal["complete", "stopped", "interrupted", "failed"]
 
-#: One frame per 30 ms: faster than the eye, and a tenth of the frames of a fast model.
-COALESCE_S = 0.03
 #: An answer is bounded by its tokens; this bounds the log even if a backend forgets.
 MAX_ANSWER_CHARS = 64_000
 #: A save is tried again after these pauses; a database restart fits in between.
@@ -50,45 +47,11 @@ SAVE_PAUSES_S = (0.2, 1.0, 5.0, 20.0)
 #: Sent once per turn, after it is stored, with ``record: TurnRecord``. Receivers only observe.
 turn_finished = Signal()
 
-
-# --- What readers see ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Created:
-    """The question is stored; the answer is about to be written. Rows are snapshots."""
-
-    seq: int
-    message: Message
-    user_message: Message | None
-    conversation: Conversation
+#: Endings being stored: a task nobody holds may be collected.
+_finishing: set[asyncio.Future[None]] = set()
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    seq: int
-    message_id: uuid.UUID
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The answer is stored as complete, stopped or interrupted."""
-
-    seq: int
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The answer broke off after its first delta; what was shown is stored."""
-
-    seq: int
-    message: Message
-    error: AssistantError
-
-
-TurnEvent = Created | Delta | Completed | Failed
+# --- What observers see --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +108,25 @@ class Turn:
         self.caller = caller
         self.transport = transport
         self.opened_at = time.monotonic()
-        self.done = False
         self._ask = opened.ask
-        self._log: list[TurnEvent] = [
-            Created(1, opened.answer, opened.question, opened.conversation)
-        ]
-        self._readers: set[Reader] = set()
         self._progress = _Progress()
-        self._pending: list[str] = []
-        self._flush_at = 0.0
-        self._flusher: asyncio.TimerHandle | None = None
+        self._log = Log(
+            Created(1, opened.answer, opened.question, opened.conversation),
+            start=self.start,
+            abandon=lambda: self.close("interrupted"),
+        )
         self._ending: Ending | None = None  # set by close(), before the task hears of it
         self._begun = False
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def started(self) -> bool:
+        return self._task is not None
+
+    @property
+    def done(self) -> bool:
+        return self._log.ended
 
     # -- opening: sync, database, our errors
 
@@ -189,71 +156,39 @@ class Turn:
 
     def read(self, after_seq: int = 0) -> Reader:
         """A reader of the log from there on; any number may read, at different places."""
-        return Reader(self, after_seq)
+        return self._log.read(after_seq)
 
     def __aiter__(self) -> Reader:
         return self.read()
 
     async def result(self) -> Message:
         """The stored answer. Cancelling this counts as a reader who left."""
-        reader = self.read()
-        last: TurnEvent = self._log[0]
+        message, reader = self.message, self.read()
         try:
             async for event in reader:
-                last = event
+                if not isinstance(event, Delta):
+                    message = event.message
         finally:
             reader.close()
-        return last.message if not isinstance(last, Delta) else self.message
+        return message
 
     async def settled(self, within_s: float) -> None:
         """Wait until the answer is stored, if this was its last reader."""
         await asyncio.sleep(0)  # the reader's leaving is on its way to this loop
-        if not self._readers and self._task is not None:
+        if not self._log.has_readers and self._task is not None:
             await asyncio.wait({self._task}, timeout=within_s)
 
-    def close(self, ending: Ending = "stopped") -> None:
-        """Stop writing and keep what there is. From any thread, any number of times."""
-        with self._lock:
-            self._ending = self._ending or ending
-            loop, task = self._loop, self._task
-        if loop is None or task is None:
-            self._end_unread()
-            return
-        with suppress(RuntimeError):  # the loop has closed, and the task with it
-            loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        """Cancel the writing, once; never the saving."""
-        if self._progress.finish_reason or self.done:
-            return  # it has been written to its end
-        self._progress.finish_reason = "cancelled"
-        if self._begun and self._task is not None:  # a task cancelled before it began never saves
-            self._task.cancel()
-
-    def _end_unread(self) -> None:
-        """Nobody ever read, so there is no task: store the end from here."""
-        self._progress.finish_reason = "cancelled"
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # the usual case: a worker thread closes the response
-            self.done = True
-            running.remove(self)
-            ending = self._ending or "stopped"
-            self._tell(self._save(ending, None), ending)
-        else:
-            self.start()
+    # -- the task
 
     def start(self) -> None:
         """Start the task on the running loop, unless it runs already."""
         with self._lock:
             if self._task is not None or self.done:
                 return
-            self._loop = asyncio.get_running_loop()
+            self._log.begin()
             # An empty context: the task outlives the request that opened it, and must not hold on
             # to that request's threads.
-            self._task = self._loop.create_task(self._run(), context=contextvars.Context())
-
-    # -- the task
+            self._task = asyncio.create_task(self._run(), context=contextvars.Context())
 
     async def _run(self) -> None:
         self._begun = True
@@ -270,7 +205,7 @@ class Turn:
         finally:
             alive.cancel()
             finishing = asyncio.ensure_future(self._finish(ending, error))
-            _finishing.add(finishing)  # a task nobody holds may be collected
+            _finishing.add(finishing)
             finishing.add_done_callback(_finishing.discard)
             await asyncio.shield(finishing)
 
@@ -293,35 +228,14 @@ class Turn:
                 progress.usage, progress.finish_reason = event.usage, event.reason
 
     def _show(self, text: str) -> None:
-        """Log the first delta at once, later ones joined per ``COALESCE_S``."""
         progress = self._progress
         if progress.ttft_ms is None:
             progress.ttft_ms = (time.monotonic() - self.opened_at) * 1000
         progress.parts.append(text)
         progress.chars += len(text)
-        self._pending.append(text)
+        self._log.write(text)
         if progress.chars > MAX_ANSWER_CHARS:
             raise GenerationFailed("The answer grew too long and was cut off.")
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._flush_at:
-            self._flush()
-        elif self._flusher is None:
-            self._flusher = loop.call_at(self._flush_at, self._flush)
-
-    def _flush(self) -> None:
-        if self._flusher is not None:
-            self._flusher.cancel()
-            self._flusher = None
-        if self._pending:
-            text = "".join(self._pending)
-            self._pending.clear()
-            self._flush_at = asyncio.get_running_loop().time() + COALESCE_S
-            self._append(Delta(len(self._log) + 1, self.message.pk, text))
-
-    def _append(self, event: TurnEvent) -> None:
-        self._log.append(event)
-        for reader in tuple(self._readers):
-            reader.wake()
 
     async def _stay_alive(self) -> None:
         """Every 2 s, off the token loop: a sign of life and the text so far, for the worst case."""
@@ -349,15 +263,10 @@ class Turn:
 
     async def _finish(self, ending: Ending, error: AssistantError | None) -> None:
         """Store, make room, tell the readers, tell the observers: in this order."""
-        self._flush()
+        self._log.flush()
         message = await self._saved(ending, error)
-        self.done = True
         running.remove(self)
-        seq = len(self._log) + 1
-        if error is not None:
-            self._append(Failed(seq, message, error))
-        else:
-            self._append(Completed(seq, message))
+        self._log.end(message, error)
         await _in_thread(self._tell, message, ending)
 
     async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
@@ -428,152 +337,42 @@ class Turn:
             if isinstance(answer, Exception):
                 log.error("observer %r broke: %s", receiver, type(answer).__name__)
 
-    # -- readers come and go (on the turn's loop, or before it has one)
+    # -- stopping early (from any thread)
 
-    def _attach(self, reader: Reader) -> None:
-        self._readers.add(reader)
-        self.start()
-
-    def _detach(self, reader: Reader) -> None:
-        self._readers.discard(reader)
-        if not self._readers and self._loop is not None and not self.done:
-            self._loop.call_later(settings.ASSISTANT["ABANDON_GRACE_S"], self._if_abandoned)
-
-    def _if_abandoned(self) -> None:
-        if not self._readers and not self.done:
-            self.close("interrupted")
-
-
-class Reader:
-    """One reader's place in a turn's log: iterate it, and ``close`` it when its client is gone.
-
-    Not an async generator: those are closed by the garbage collector when a server is cancelled
-    while blocked in ``send``; this is closed by whoever owns the connection, from any thread.
-    """
-
-    def __init__(self, turn: Turn, after_seq: int) -> None:
-        self.turn = turn
-        self._next = after_seq + 1
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._news: asyncio.Event | None = None
-        self._closed = False
-
-    def __aiter__(self) -> Reader:
-        return self
-
-    async def __anext__(self) -> TurnEvent:
-        self._begin()
-        assert self._news is not None
-        while not self._closed:
-            self._news.clear()
-            if self._next <= len(self.turn._log):
-                self._next += 1
-                return self.turn._log[self._next - 2]
-            if self.turn.done:
-                break
-            await self._news.wait()
-        self.close()
-        raise StopAsyncIteration
-
-    def _begin(self) -> None:
-        if self._news is None and not self._closed:
-            self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
-            self.turn._attach(self)
-
-    def wake(self) -> None:
-        """There is news. Called on the turn's loop; the reader may live on another."""
-        if self._loop is None or self._news is None:
-            return
-        if self._loop is self.turn._loop:
-            self._news.set()
-        else:
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._news.set)
-
-    def close(self) -> None:
-        """Stop reading; the last reader to leave stops the turn after a short grace."""
-        if self._closed:
-            return
-        self._closed = True
-        loop = self.turn._loop
-        if loop is None:
-            self.turn.close("interrupted")  # opened, never read
-            return
-        with suppress(RuntimeError):  # a loop that has closed has no readers
-            loop.call_soon_threadsafe(self.turn._detach, self)
-            if self._loop is not None and self._news is not None:
-                self._loop.call_soon_threadsafe(self._news.set)
-
-
-# --- Which turns run in this process -------------------------------------------------------------
-
-
-class Running:
-    """The turns of this process, by conversation; where tabs attach and "stop" arrives."""
-
-    def __init__(self) -> None:
-        self._turns: dict[uuid.UUID, Turn] = {}
-        self._lock = threading.Lock()
-        self._opening: dict[str, int] = {}
-
-    def get(self, conversation_id: uuid.UUID) -> Turn | None:
-        return self._turns.get(conversation_id)
-
-    def add(self, turn: Turn) -> Turn:
+    def close(self, ending: Ending = "stopped") -> None:
+        """Stop writing and keep what there is. From any thread, any number of times."""
         with self._lock:
-            self._turns[turn.conversation_id] = turn
-        return turn
+            self._ending = self._ending or ending
+            task = self._task
+        if task is None:
+            self._end_unread()
+            return
+        with suppress(RuntimeError):  # the loop has closed, and the task with it
+            task.get_loop().call_soon_threadsafe(self._cancel)
 
-    def remove(self, turn: Turn) -> None:
-        with self._lock:
-            if self._turns.get(turn.conversation_id) is turn:
-                del self._turns[turn.conversation_id]
+    def _cancel(self) -> None:
+        """Cancel the writing, once; never the saving."""
+        if self._progress.finish_reason or self.done:
+            return  # it has been written to its end
+        self._progress.finish_reason = "cancelled"
+        if self._begun and self._task is not None:  # a task cancelled before it began never saves
+            self._task.cancel()
 
-    @contextmanager
-    def room_for(self, caller: Caller) -> Iterator[None]:
-        """Holds a place while a turn is opened. Raises: RateLimited at the caller's limit."""
-        self._take_place(caller.key)
+    def _end_unread(self) -> None:
+        """Nobody ever read, so there is no task: store the end from here, once."""
+        self._progress.finish_reason = "cancelled"
         try:
-            yield
-        finally:
+            asyncio.get_running_loop()
+        except RuntimeError:  # the usual case: a worker thread closes the response
             with self._lock:
-                self._opening[caller.key] -= 1
-                if not self._opening[caller.key]:
-                    del self._opening[caller.key]
-
-    def _take_place(self, key: str) -> None:
-        with self._lock:
-            self._drop_unread()
-            held = sum(turn.caller.key == key for turn in self._turns.values())
-            held += self._opening.get(key, 0)
-            if held >= settings.ASSISTANT_MAX_TURNS_PER_CALLER:
-                raise RateLimited(
-                    f"{held} answers are being written for you already. Wait for one to end.",
-                    retry_after_s=1,
-                )
-            self._opening[key] = self._opening.get(key, 0) + 1
-
-    def _drop_unread(self) -> None:
-        """Turns that were opened and never read (the client left in between) hold no place."""
-        limit = time.monotonic() - STALE_AFTER.total_seconds()
-        for turn in list(self._turns.values()):
-            if turn._task is None and turn.opened_at < limit:
-                del self._turns[turn.conversation_id]
-
-
-running = Running()
-_finishing: set[asyncio.Future[None]] = set()
-
-
-def stop(message: Message) -> bool:
-    """Stop that answer wherever it is being written; False if it has ended already. Sync."""
-    turn = running.get(message.conversation_id)
-    if turn is not None and turn.message.pk == message.pk:
-        turn.close("stopped")
-        return True
-    # Another process writes it: its next sign of life finds the row ended, and stops.
-    rows = Message.objects.filter(pk=message.pk, status=Message.Status.STREAMING)
-    return bool(rows.update(status=Message.Status.STOPPED, finish_reason="cancelled"))
+                if self.done:
+                    return
+                self._log.close()
+            running.remove(self)
+            ending = self._ending or "stopped"
+            self._tell(self._save(ending, None), ending)
+        else:
+            self.start()
 
 
 def _snapshot(message: Message) -> Message:

@@ -38,7 +38,8 @@ from conversations import wire
 from conversations.access import VISITOR, caller_of, caller_of_page
 from conversations.limits import valid_text
 from conversations.models import Conversation, Message
-from conversations.turn import Turn, running, stop
+from conversations.running import running, stop
+from conversations.turn import Turn
 
 # --- What may be sent ----------------------------------------------------------------------------
 

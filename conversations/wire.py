@@ -20,8 +20,8 @@ from rest_framework.response import Response
 
 from assistant.errors import AssistantError, InvalidRequest
 from conversations.access import BodyTooLarge, loads
+from conversations.log import Completed, Created, Delta, Failed, Reader, TurnEvent
 from conversations.models import Conversation, Message
-from conversations.turn import Completed, Created, Delta, Failed, Reader, TurnEvent
 
 # --- The table of errors -------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from assistant.modelkit import labels
@@ -52,6 +52,14 @@ class TrainConfig:
     )
     answered: float = 0.45
     checkpoint_every_s: float = 120.0
+
+    def tuning(self) -> TrainConfig:
+        """For weights that are trained already: gentler, no bare text, mostly answers.
+
+        No teacher either: the projection to its space is not kept with the weights.
+        """
+        none = (0.0, 0.0)
+        return replace(self, learning_rate=5e-4, unlabelled=none, teach_weight=0.0, answered=0.9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from django.contrib.auth.models import User
 
 from config.asgi import application
 from conversations.models import Conversation, Message
-from conversations.turn import running
+from conversations.running import running
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -18,9 +18,11 @@ from assistant.errors import Conflict, InvalidRequest, NotFound, RateLimited
 from conversations import opening
 from conversations import turn as turns
 from conversations.limits import Caller
+from conversations.log import Completed, Created, Delta, Failed
 from conversations.models import Conversation, Message
+from conversations.running import running
 from conversations.tasks import reap_stale_turns
-from conversations.turn import Completed, Created, Delta, Failed, Turn, TurnRecord, running
+from conversations.turn import Turn, TurnRecord
 from fallback.models import ReviewedAnswer, Rule
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -453,3 +455,14 @@ def test_a_polite_refusal_is_remembered_as_one_and_not_as_its_best_guess(
     )
     messages = opening.first_run(caller, conversation, "and a refund?", None).ask.messages
     assert [message.intent for message in messages] == [None, "out_of_scope", None]
+
+
+def test_a_turn_nobody_read_ends_once_however_often_it_is_closed(
+    caller: Caller, conversation: Conversation, records: list[TurnRecord]
+) -> None:
+    turn = Turn.open(caller, conversation, "never read")
+    turn.close("stopped")
+    turn.read().close()
+    turn.close("interrupted")
+    assert [record.status for record in records] == ["stopped"]
+    assert Message.objects.get(pk=turn.message.pk).status == "stopped"

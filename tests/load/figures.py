@@ -2,9 +2,10 @@
 
     python -m tests.load.figures [--json] [--turns 200]
 
-First token over WebSocket on the bundled model, idle CPU, memory, how fast "stop" acts and how soon
-a vanished client's slot is free. The two last need answers that last: a seeded random model of
-SmolLM2-135M's shape, built once into the data folder.
+First token over WebSocket on the bundled model (first turn of a chat, and its eighth, whose history
+is read again), idle CPU, memory, how fast "stop" acts, how soon a vanished client's slot is free.
+The two last need answers that last: a seeded random model of SmolLM2-135M's shape, built once into
+the data folder. A slot is freed after ``ASSISTANT_ABANDON_GRACE_S`` (0.25 s by default).
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """*Units* stand in the names. Percentiles over ``turns`` turns, one after another, warm."""
+    """*Units* stand in the names. Percentiles over ``turns`` first turns, one by one, warm."""
 
     turns: int
     ttft_ms_p50: float
     ttft_ms_p99: float
     answer_ms_p50: float
+    eighth_turn_ttft_ms_p50: float
     idle_cpu_percent: float
     rss_mb: float
     stop_ms_p50: float
@@ -144,23 +146,36 @@ async def until(opened: Any, *kinds: str) -> dict[str, Any]:
             raise RuntimeError(str(frame))
 
 
-async def first_tokens(server: Server, turns: int) -> tuple[list[float], list[float]]:
-    """Milliseconds to the first delta and to the end, one turn after another, warm."""
+async def turn(opened: Any, text: str) -> tuple[float, float]:
+    """Milliseconds to the first delta and to the end of one answer."""
+    began = time.perf_counter()
+    await say(opened, text)
+    await until(opened, "message.delta")
+    first = time.perf_counter()
+    await until(opened, "message.completed")
+    return (first - began) * 1000, (time.perf_counter() - began) * 1000
+
+
+async def first_turns(server: Server, turns: int) -> list[tuple[float, float]]:
+    """Each in a chat of its own, one after another, after ten unmeasured ones."""
     visitor = Visitor(server)
-    ttft, whole = [], []
+    found = []
     for at in range(turns + 10):
-        if at % 25 == 0:
-            conversation = visitor.conversation()
-        async with visitor.socket(conversation) as opened:
-            began = time.perf_counter()
-            await say(opened, QUESTIONS[at % len(QUESTIONS)])
-            await until(opened, "message.delta")
-            first = time.perf_counter()
-            await until(opened, "message.completed")
-            if at >= 10:
-                ttft.append((first - began) * 1000)
-                whole.append((time.perf_counter() - began) * 1000)
-    return ttft, whole
+        async with visitor.socket(visitor.conversation()) as opened:
+            found.append(await turn(opened, QUESTIONS[at % len(QUESTIONS)]))
+    return found[10:]
+
+
+async def eighth_turns(server: Server, times: int) -> list[float]:
+    """Milliseconds to the first delta of the eighth turn of a chat."""
+    visitor = Visitor(server)
+    found = []
+    for _ in range(times):
+        async with visitor.socket(visitor.conversation()) as opened:
+            for at in range(8):
+                ttft, _ = await turn(opened, QUESTIONS[at % len(QUESTIONS)])
+            found.append(ttft)
+    return found
 
 
 async def stops(server: Server, times: int) -> list[float]:
@@ -206,7 +221,8 @@ def measure(turns: int, idle_s: float, times: int, model: Path | None = None) ->
         (folder / "a").mkdir()
         (folder / "b").mkdir()
         with Server(folder / "a") as server:
-            ttft, whole = asyncio.run(first_tokens(server, turns))
+            firsts = asyncio.run(first_turns(server, turns))
+            eighths = asyncio.run(eighth_turns(server, times))
             before = server.cpu_s()
             time.sleep(idle_s)
             idle = (server.cpu_s() - before) / idle_s * 100
@@ -217,9 +233,10 @@ def measure(turns: int, idle_s: float, times: int, model: Path | None = None) ->
             vanished = asyncio.run(vanishings(server, times))
     return Report(
         turns=turns,
-        ttft_ms_p50=_percentile(ttft, 50),
-        ttft_ms_p99=_percentile(ttft, 99),
-        answer_ms_p50=_percentile(whole, 50),
+        ttft_ms_p50=_percentile([ttft for ttft, _ in firsts], 50),
+        ttft_ms_p99=_percentile([ttft for ttft, _ in firsts], 99),
+        answer_ms_p50=_percentile([whole for _, whole in firsts], 50),
+        eighth_turn_ttft_ms_p50=_percentile(eighths, 50),
         idle_cpu_percent=round(idle, 2),
         rss_mb=rss,
         stop_ms_p50=_percentile(stopped, 50),

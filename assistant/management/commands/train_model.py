@@ -68,6 +68,8 @@ class Command(BaseCommand):
         config = TrainConfig(
             minutes=options["minutes"], seed=options["seed"], device=options["device"]
         )
+        if options["start"]:
+            config = config.tuning()
         if options["no_teacher"]:
             config = replace(config, teach_weight=0.0)
         self.stdout.write("reading and cleaning the data ...")

@@ -1,0 +1,90 @@
+"""Which turns run in this process: where tabs attach, "stop" arrives and callers are counted.
+
+``running`` is the one registry; a turn enters it when it is opened and leaves it when it is stored.
+Knows how to find and close a turn, not how one works; another process is reached through the row.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from django.conf import settings
+
+from assistant.errors import RateLimited
+from conversations.limits import Caller
+from conversations.models import STALE_AFTER, Message
+
+if TYPE_CHECKING:
+    from conversations.turn import Turn
+
+
+class Running:
+    """The turns of this process, by conversation."""
+
+    def __init__(self) -> None:
+        self._turns: dict[uuid.UUID, Turn] = {}
+        self._lock = threading.Lock()
+        self._opening: dict[str, int] = {}
+
+    def get(self, conversation_id: uuid.UUID) -> Turn | None:
+        return self._turns.get(conversation_id)
+
+    def add(self, turn: Turn) -> Turn:
+        with self._lock:
+            self._turns[turn.conversation_id] = turn
+        return turn
+
+    def remove(self, turn: Turn) -> None:
+        with self._lock:
+            if self._turns.get(turn.conversation_id) is turn:
+                del self._turns[turn.conversation_id]
+
+    @contextmanager
+    def room_for(self, caller: Caller) -> Iterator[None]:
+        """Holds a place while a turn is opened. Raises: RateLimited at the caller's limit."""
+        self._take_place(caller.key)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._opening[caller.key] -= 1
+                if not self._opening[caller.key]:
+                    del self._opening[caller.key]
+
+    def _take_place(self, key: str) -> None:
+        with self._lock:
+            self._drop_unread()
+            held = sum(turn.caller.key == key for turn in self._turns.values())
+            held += self._opening.get(key, 0)
+            if held >= settings.ASSISTANT_MAX_TURNS_PER_CALLER:
+                raise RateLimited(
+                    f"{held} answers are being written for you already. Wait for one to end.",
+                    retry_after_s=1,
+                )
+            self._opening[key] = self._opening.get(key, 0) + 1
+
+    def _drop_unread(self) -> None:
+        """Turns that were opened and never read (the client left in between) hold no place."""
+        limit = time.monotonic() - STALE_AFTER.total_seconds()
+        for turn in list(self._turns.values()):
+            if not turn.started and turn.opened_at < limit:
+                del self._turns[turn.conversation_id]
+
+
+running = Running()
+
+
+def stop(message: Message) -> bool:
+    """Stop that answer wherever it is being written; False if it has ended already. Sync."""
+    turn = running.get(message.conversation_id)
+    if turn is not None and turn.message.pk == message.pk:
+        turn.close("stopped")
+        return True
+    # Another process writes it: its next sign of life finds the row ended, and stops.
+    rows = Message.objects.filter(pk=message.pk, status=Message.Status.STREAMING)
+    return bool(rows.update(status=Message.Status.STOPPED, finish_reason="cancelled"))
