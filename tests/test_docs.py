@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from django.contrib.auth.models import User
 from django.core.management import get_commands
 
 from config import settings as settings_module
+from tests.conftest import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,3 +79,25 @@ def test_shell_snippets_parse_and_use_real_options(block: str) -> None:
             command = [sys.executable, "manage.py", name, "--help"]
             known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             assert all(option in known.stdout for option in options), (name, options)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_api_snippet_does_what_it_says(
+    ana: User, token_of: Callable[[User], str], database_file: Path, tmp_path: Path
+) -> None:
+    snippet = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.S) if "curl -sN" in b)
+    with serving("uvicorn", database_file, tmp_path, ASSISTANT_BACKEND="model") as server:
+        script = snippet.replace("http://127.0.0.1:8000", server.http)
+        script = script.replace("python -c", f"{sys.executable} -c")
+        done = subprocess.run(
+            ["bash", "-eu", "-c", script],
+            env={**os.environ, "TOKEN": token_of(ana)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0, done.stderr
+    assert '"route":"model"' in done.stdout.replace(" ", "")
+    assert "event: message.delta" in done.stdout
+    assert "event: message.completed" in done.stdout
