@@ -275,7 +275,9 @@ def _public_rows(data: Path, rng: random.Random) -> tuple[list[_Row], dict[str, 
 
 def _public_label(row: dict[str, Any]) -> str | None:
     if intent := row.get("support_intent"):
-        return str(intent)
+        # "I want to cancel my order" is a refund request in a bank's set, and not in a shop's.
+        unclear = intent == "get_refund" and "cancel" in row["text"].lower()
+        return None if unclear else str(intent)
     if row["source"] == "clinc150":
         if talk := _CLINC_TALK.get(row["intent"]):
             return talk
@@ -296,6 +298,7 @@ def _written_rows() -> list[_Row]:
         for name in ("natural_a", "natural_b")
         for row in written(name)
     ]
+    rows += [_Row(row["text"], row["intent"], "plain") for row in written("plain")]
     rows += [_Row(row["text"], row["intent"], "talk") for row in written("smalltalk")]
     rows += [_Row(row["text"], OUT_OF_SCOPE, "written_out") for row in written("out_of_scope")]
     return rows
@@ -314,7 +317,7 @@ def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corp
     held = HeldOut([row.text for rows in dev.values() for row in rows] + _questions(evaluation))
     corpus = Corpus(answers=Answers(written("answers")))
     seen: set[str] = set()
-    for row in train + _written_rows():
+    for row in _written_rows() + train:  # our own first: an equal public row may be mislabelled
         if (key := normalise(row.text)) in seen or row.text in held:
             continue
         seen.add(key)

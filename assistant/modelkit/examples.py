@@ -42,9 +42,10 @@ class TrainConfig:
     unlabelled: tuple[float, float] = (0.6, 0.1)
     #: How often each source is drawn among the labelled rows.
     mix: tuple[tuple[str, float], ...] = (
-        ("bitext", 0.30),
+        ("bitext", 0.27),
         ("natural", 0.08),
-        ("written", 0.27),
+        ("written", 0.24),
+        ("plain", 0.06),
         ("out", 0.16),
         ("written_out", 0.05),
         ("talk", 0.06),

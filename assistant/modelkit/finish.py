@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assistant.engine import Engine, EngineConfig
+from assistant.engine import Engine, EngineConfig, Manifest
 from assistant.engine.text import ChatTurn, Slot
 from assistant.modelkit import card, labels, scoring
 from assistant.modelkit.build import build
@@ -66,15 +66,26 @@ def finish(
     fitted, figures = calibrate(model, encoder, mask, corpus.dev)
     write_card_source(folder, name, version, fitted, figures)
     out = folder / "model"
-    build(folder, out, "row8", progress=progress)
+    manifest = build(folder, out, "row8", progress=progress)
     progress("judging the built model ...")
     judged, replies = _judge(out, corpus, mask)
+    judged |= _against_fp32(manifest)
     card.write_card(out, name, version, {**figures, **judged}, replies, corpus.report)
     if (folder / "curves.png").exists():
         shutil.copyfile(folder / "curves.png", out / "curves.png")
     for key, value in {**figures, **judged}.items():
         progress(f"  {key.replace('_', ' '):40} {value}")
     return out / "MODEL_CARD.md"
+
+
+def _against_fp32(manifest: Manifest) -> dict[str, Any]:
+    """What quantising changed, as the builder measured it."""
+    found = manifest.quality.get("quantised", {})
+    return {
+        f"8_bit_{name}": found[name]
+        for name in ("same_first", "greedy_agreement", "perplexity_ratio")
+        if name in found
+    }
 
 
 def _judge(folder: Path, corpus: Corpus, mask: Mask) -> tuple[dict[str, Any], list[Reply]]:

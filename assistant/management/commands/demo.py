@@ -67,8 +67,10 @@ class Command(BaseCommand):
         worker = None
         try:
             with contextlib.suppress(KeyboardInterrupt):
+                self._say(f"Preparing the data in {settings.DATA_DIR} ...")
                 call_command("migrate", verbosity=0)
                 passwords = _seed()
+                self._say("Loading the model ...")
                 problem = _warm_up()
                 worker = None if options["no_worker"] else _start_worker()
                 _serve(options, lambda: self._greet(options, passwords, problem))
@@ -77,6 +79,10 @@ class Command(BaseCommand):
             _on_signals(signal.SIG_IGN, signal.SIGINT)
             _stop(worker)
             self.stdout.write("Stopped.")
+
+    def _say(self, line: str) -> None:
+        self.stdout.write(line)
+        self.stdout.flush()
 
     def _reset(self) -> None:
         from django.db import connection
