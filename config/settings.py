@@ -303,6 +303,8 @@ _database: dict[str, Any] = dict(
 if _database["ENGINE"].endswith("sqlite3"):
     # IMMEDIATE takes the write lock at BEGIN, so two writers queue instead of failing half-way;
     # WAL lets readers go on meanwhile; 20 s is far above any write of ours.
+    # Opening the file and its PRAGMAs cost a millisecond of every turn; a thread keeps its own.
+    _database["CONN_MAX_AGE"] = 60
     _database["OPTIONS"] = {
         "transaction_mode": "IMMEDIATE",
         "timeout": 20,
