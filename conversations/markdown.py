@@ -6,6 +6,8 @@ loads nothing from anywhere and runs nothing: no raw HTML, no images, no media, 
 
 from __future__ import annotations
 
+import re
+
 import nh3
 from markdown_it import MarkdownIt
 
@@ -16,6 +18,9 @@ _TAGS = {
     *("a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr"),
     *("li", "ol", "p", "pre", "s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"),
 }
+#: A plain line right after a numbered step. Models leave no blank line there, and Markdown would
+#: take the closing sentence for a part of the last step.
+_AFTER_STEPS = re.compile(r"^(\d{1,2}[.)] [^\n]*)\n(?=[^\s\d])", re.MULTILINE)
 #: Beyond this the text is shown as it is: parsing is for answers, not for bombs.
 _MAX_CHARS = 50_000
 
@@ -25,7 +30,7 @@ def render(text: str) -> str:
     if len(text) > _MAX_CHARS:
         return f"<pre>{nh3.clean_text(text)}</pre>"
     return nh3.clean(
-        _parser.render(text),
+        _parser.render(_AFTER_STEPS.sub(r"\1\n\n", text)),
         tags=_TAGS,
         attributes={"a": {"href", "title"}, "ol": {"start"}},
         url_schemes={"http", "https", "mailto", "tel"},

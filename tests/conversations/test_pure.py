@@ -62,6 +62,12 @@ def test_markdown_becomes_html(source, html):
     assert markdown.render(source) == html
 
 
+def test_a_sentence_after_numbered_steps_stands_by_itself():
+    html = markdown.render("Do this:\n1. Open it.\n2. Press Save.\nThen wait.")
+    assert "<li>Press Save.</li>" in html
+    assert "<p>Then wait.</p>" in html
+
+
 def test_links_open_outside_with_no_way_back():
     html = markdown.render("[here](https://example.com)")
     assert 'rel="noopener noreferrer nofollow"' in html and 'target="_blank"' in html
