@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
-from django.db import transaction
+from django.db import connection, transaction
 from django.dispatch import Signal
 from django.utils import timezone
 
@@ -41,6 +41,8 @@ Ending = Literal["complete", "stopped", "interrupted", "failed"]
 
 #: An answer is bounded by its tokens; this bounds the log even if a backend forgets.
 MAX_ANSWER_CHARS = 64_000
+#: How long a process that ends waits for the last save.
+LAST_SAVE_S = 5.0
 #: A save is tried again after these pauses; a database restart fits in between.
 SAVE_PAUSES_S = (0.2, 1.0, 5.0, 20.0)
 
@@ -206,7 +208,7 @@ class Turn:
             alive.cancel()
             finishing = asyncio.ensure_future(self._finish(ending, error))
             _finishing.add(finishing)
-            finishing.add_done_callback(_finishing.discard)
+            finishing.add_done_callback(lambda done: self._finished(done, ending))
             await asyncio.shield(finishing)
 
     async def _write(self) -> None:
@@ -279,6 +281,22 @@ class Turn:
                     break
                 await asyncio.sleep(pause)
         return self._filled(ending, error)  # the reader still gets it; the reaper marks the row
+
+    def _finished(self, finishing: asyncio.Future[None], ending: Ending) -> None:
+        """If the loop is ending and has cancelled even the saving, store the row without it."""
+        _finishing.discard(finishing)
+        if not finishing.cancelled():
+            return
+
+        def save() -> None:
+            try:
+                self._save(ending, None)
+            finally:
+                connection.close()
+
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join(LAST_SAVE_S)
 
     def _save(self, ending: Ending, error: AssistantError | None) -> Message:
         """The row as it ends, if it is still ours to end."""

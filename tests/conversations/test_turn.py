@@ -176,6 +176,30 @@ async def test_a_cancelled_task_of_a_stopping_server_still_stores_what_there_is(
     assert message.status == "interrupted" and message.text
 
 
+async def test_an_answer_is_stored_even_if_the_ending_loop_cancels_its_saving(opened):
+    turn = await opened("/echo delay=0.05 words=500 word")
+    reader = turn.read()
+    await anext(reader)
+    await anext(reader)
+    turn._task.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert turns._finishing
+    for saving in list(turns._finishing):
+        saving.cancel()
+    message = await stored_as_ended(turn)
+    assert message.status == "interrupted" and message.text
+
+
+async def stored_as_ended(turn: Turn) -> Message:
+    for _ in range(200):
+        message = await stored(turn)
+        if message.status != "streaming":
+            return message
+        await asyncio.sleep(0.01)
+    raise AssertionError("never stored")
+
+
 async def test_an_answer_that_takes_too_long_is_cut_off_and_kept(opened, settings):
     settings.ASSISTANT = {**settings.ASSISTANT, "REQUEST_TIMEOUT_S": 0.2}
     turn = await opened("/echo hang=2 one two three")
