@@ -36,6 +36,9 @@ class Params:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    #: Who asks: a backend may reuse what it computed for earlier turns, and share its queue fairly,
+    #: within one scope. Empty: nobody in particular.
+    scope: str = ""
     #: Values the caller knows about this user, by placeholder name; they win over settings.
     facts: dict[str, str] = field(default_factory=dict)
 

@@ -415,6 +415,25 @@ ASSISTANT: dict[str, Any] = {
                     "History, question and answer, in tokens.",
                     least=64,
                 ),
+                "kv_mb": env_whole(
+                    "ASSISTANT_KV_MB",
+                    0,
+                    "Memory of running answers, in MiB; it may lower the number of answers written "
+                    "at the same time. 0: a quarter of the machine's or container's.",
+                ),
+                "prefix_mb": env_whole(
+                    "ASSISTANT_PREFIX_MB",
+                    64,
+                    "Memory of finished answers, in MiB, kept so that a chat's next turn reads "
+                    "only what is new. 0: none.",
+                ),
+                # A reader gains nothing from 300 tokens a second; many readers gain from sharing.
+                "reading_tokens_per_s": env_whole(
+                    "ASSISTANT_READING_TOKENS_PER_S",
+                    0,
+                    "Pace of an answer after its first words, for very many readers at once, such "
+                    "as 8. 0: as fast as possible.",
+                ),
             },
         },
         "echo": {"BACKEND": "assistant.backends.echo.EchoBackend", "OPTIONS": {}},

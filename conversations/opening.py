@@ -76,7 +76,8 @@ def _ask(
 ) -> Ask:
     """Everything the router needs. Raises: ContextTooLong."""
     params = params or types.Params(max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"])
-    params = replace(params, facts={**facts.known_facts(_user(caller)), **params.facts})
+    known = {**facts.known_facts(_user(caller)), **params.facts}
+    params = replace(params, scope=caller.key, facts=known)
     earlier = _earlier(conversation, before) if conversation is not None else []
     count, budget = _measure(params)
     messages = history.fit(earlier, question, budget_tokens=budget, count=count)

@@ -50,13 +50,10 @@ from assistant.types import (
     Usage,
 )
 
-#: The engine's own default: how long a long question may hold up running answers.
-_STEP_TOKENS = 256
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``threads=0``: one per core. The queue is bounded in questions and in their tokens."""
+    """As in EngineConfig, memory in MiB. The queue is bounded in questions and in their tokens."""
 
     model_dir: str
     threads: int = 0
@@ -64,6 +61,9 @@ class Options:
     max_queue: int = 128
     max_queue_tokens: int = 32768
     context_tokens: int = 1024
+    kv_mb: int = 0
+    prefix_mb: int = 64
+    reading_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,13 @@ class OnnxBackend(Backend):
         return self._ready().engine
 
     def count_tokens(self, text: str) -> int:
-        return self._ready().codec.count(text)
+        codec = self._ready().codec
+        return codec.count(text) + codec.turn_tokens
 
     def context_tokens(self) -> int:
-        return min(int(self.options.context_tokens), self._ready().manifest.context_tokens)
+        ready = self._ready()
+        most = min(int(self.options.context_tokens), ready.manifest.context_tokens)
+        return max(0, most - ready.codec.frame_tokens)
 
     def _ready(self) -> _Ready:
         """The started engine; a crashed one is started again. Raises: ModelUnavailable."""
@@ -126,8 +129,9 @@ class OnnxBackend(Backend):
             max_queue=options.max_queue,
             max_queue_tokens=options.max_queue_tokens,
             context_tokens=options.context_tokens,
-            # A step holds one token of every running answer, and some of a new question.
-            step_tokens=max(_STEP_TOKENS, 2 * options.max_batch),
+            kv_bytes=options.kv_mb << 20,
+            prefix_bytes=options.prefix_mb << 20,
+            reading_tokens_per_s=options.reading_tokens_per_s,
         )
 
     # -- one answer --------------------------------------------------------------------------
@@ -159,8 +163,9 @@ class OnnxBackend(Backend):
                     repetition_penalty=params.repetition_penalty,
                     seed=params.seed,
                 ),
-                stop_ids={ready.codec.end_id},
+                stop_ids=ready.codec.end_ids,
                 first=ready.manifest.first_token_rule(),
+                scope=params.scope,
             )
         except QueueFull as error:
             raise Overloaded(
@@ -205,7 +210,6 @@ class _Writer:
     """Tokens to visible text: detokenise, stop strings, placeholders. One answer each."""
 
     def __init__(self, codec: Codec, params: Params, values: dict[str, str]) -> None:
-        self._end_id = codec.end_id
         self._text = codec.stream()
         self._stops = StopFilter(params.stop)
         self._filler = Filler({**params.facts, **values})
@@ -225,7 +229,9 @@ class _Writer:
         return self._filler.push(shown)
 
     def end(self, reason: str | None, input_tokens: int) -> Iterator[Event]:
-        rest = self._filler.push("" if self.stopped else self._stops.flush()) + self._filler.flush()
+        # Half a character, what looked like a stop string, an open brace: nothing follows them now.
+        shown, _ = self._stops.push(self._text.flush())
+        rest = self._filler.push(shown + self._stops.flush()) + self._filler.flush()
         if rest:
             yield Delta(rest)
         yield Finished(

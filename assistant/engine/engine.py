@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,11 +23,13 @@ from assistant.engine.errors import (
     Overloaded,
     PromptTooLong,
 )
-from assistant.engine.generation import Generation, Ticket
-from assistant.engine.manifest import MODEL, Manifest
-from assistant.engine.runner import OnnxRunner, Runner, batching_error
+from assistant.engine.generation import Generation, Share, Ticket
+from assistant.engine.machine import memory_bytes
+from assistant.engine.manifest import MODEL, Architecture, Manifest
+from assistant.engine.plain import PlainRunner
+from assistant.engine.runner import Batch, OnnxRunner, Runner, batching_error, token_bytes
 from assistant.engine.sampling import FirstTokenRule, Sampling
-from assistant.engine.scheduler import Request
+from assistant.engine.scheduler import Rates, Request
 from assistant.engine.text import Codec
 from assistant.engine.worker import EngineConfig, EngineStats, Loaded, Worker
 
@@ -60,10 +63,11 @@ class Engine:
             loaded = self._load(self.config)
             try:
                 _self_check(loaded.runner, self.config.max_batch)
+                rates = _first_rates(loaded.runner, self.config)
             except BaseException:
                 loaded.runner.close()
                 raise
-            self._worker = worker = Worker(self.config, loaded)
+            self._worker = worker = Worker(self.config, loaded, rates)
             self._closed = False
             # Also at exit: a daemon thread inside native code must not meet a dying interpreter.
             if self._stop_last is not None:
@@ -97,9 +101,12 @@ class Engine:
         sampling: Sampling | None = None,
         stop_ids: Iterable[int] = (),
         first: FirstTokenRule | None = None,
+        scope: str = "",
     ) -> Generation:
         """Queue a prompt. An answer longer than the context allows ends early, by length.
 
+        ``scope`` is the caller: who waits is served fairly over scopes, and what is kept of earlier
+        answers is found within one. Nothing is kept for the empty scope.
         Raises: Overloaded, PromptTooLong, EngineCrashed, EngineClosed at once; ValueError for
         ids outside the vocabulary.
         """
@@ -114,15 +121,27 @@ class Engine:
         if max_new_tokens < 1:
             raise ValueError("max_new_tokens starts at 1")
         ids = _checked_ids(prompt, first, worker.loaded.runner.vocab_size)
-        request = Request(ids, min(max_new_tokens, room), frozenset(stop_ids))
+        request = Request(ids, min(max_new_tokens, room), frozenset(stop_ids), scope)
         ticket = Ticket(request, sampling or Sampling(), first)
+        eta = worker.eta_s(len(ids))
+        ticket.asked_s, ticket.promised_s = time.perf_counter(), eta
         if not worker.gate.enter(ticket):
-            eta = worker.eta_s()
             raise Overloaded(f"{len(worker.gate)} requests wait; about {eta:.1f} s", eta)
         generation = Generation(ticket, worker.commands)
         if not worker.submit(ticket):
             raise self._ended(worker)
         return generation
+
+    def share_prefix(self, ids: Sequence[int]) -> None:
+        """Compute a fixed beginning, such as a system prompt, once; every prompt that starts with
+        it gets a copy. Replaces an earlier one; returns at once.
+
+        Raises: PromptTooLong, EngineCrashed, EngineClosed; ValueError as ``submit``.
+        """
+        worker = self._running()
+        if len(ids) >= worker.context_tokens:
+            raise PromptTooLong(f"a shared prefix of {len(ids)} tokens leaves no room for answers")
+        worker.commands.put(Share(_checked_ids(ids, None, worker.loaded.runner.vocab_size)))
 
     def stats(self) -> EngineStats:
         worker = self._worker
@@ -131,9 +150,8 @@ class Engine:
         if worker.alive:
             return worker.stats
         state: Literal["crashed", "closed"] = "crashed" if worker.error else "closed"
-        return replace(
-            worker.stats, state=state, running=0, waiting=0, waiting_tokens=0, kv_usage=0.0
-        )
+        gone = dict.fromkeys(("running", "waiting", "waiting_tokens", "kv_usage", "kv_bytes"), 0)
+        return replace(worker.stats, state=state, **gone)
 
     def _running(self) -> Worker:
         worker = self._worker
@@ -166,15 +184,29 @@ def load_onnx(config: EngineConfig) -> Loaded:
     manifest = Manifest.load(config.model_dir)
     codec = Codec.load(config.model_dir, manifest)
     context = min(config.context_tokens, manifest.context_tokens)
-    runner = OnnxRunner(
+    slots = _slots(config, manifest.architecture, context)
+    kind = PlainRunner if manifest.runner == "plain" else OnnxRunner
+    runner = kind(
         config.model_dir / MODEL,
         manifest.architecture,
-        slots=config.max_batch,
+        slots=slots + 1,  # one more for a shared prefix
         step_tokens=config.step_tokens,
         context_tokens=context,
         threads=config.threads,
     )
-    return Loaded(runner, codec.banned_ids, context, manifest, codec)
+    return Loaded(runner, codec.banned_ids, context, slots, manifest, codec)
+
+
+def _slots(config: EngineConfig, architecture: Architecture, context_tokens: int) -> int:
+    """How many full contexts fit the memory, at most ``max_batch``. Raises: EngineError."""
+    limit = config.kv_bytes or memory_bytes() // 4
+    fitting = limit // (context_tokens * token_bytes(architecture))
+    if not fitting:
+        raise EngineError(
+            f"{limit >> 20} MiB hold no context of {context_tokens} tokens of this model; raise "
+            f"kv_bytes or lower context_tokens"
+        )
+    return min(config.max_batch, fitting)
 
 
 def _checked_ids(prompt: Sequence[int], first: FirstTokenRule | None, vocab: int) -> list[int]:
@@ -200,6 +232,25 @@ def _self_check(runner: Runner, slots: int) -> None:
             f"the model failed its self-check: log-probabilities in a batch differ by "
             f"{difference:.3g} from those alone; rebuild it with `manage.py build_model`"
         )
+
+
+def _first_rates(runner: Runner, config: EngineConfig) -> Rates:
+    """Speeds of a short prompt and of decoding after it, so that the first promises hold too."""
+    size = min(64, config.step_tokens, config.context_tokens // 2)
+    prompt = [i % runner.vocab_size for i in range(size)]
+    prefill_s = _fastest(runner, Batch.of([0], [0], [True], [prompt]))
+    step_s = _fastest(runner, Batch.of([0], [size], [True], [prompt[:1]]))
+    return Rates(prefill_s=prefill_s / size, step_s=step_s)
+
+
+def _fastest(runner: Runner, batch: Batch, times: int = 3) -> float:
+    """Seconds of the fastest of some runs: the first ones warm up memory."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        runner.step(batch)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

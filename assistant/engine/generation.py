@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -34,8 +35,9 @@ class Ticket:
     The buffer is bounded by ``max_new_tokens``. The lock guards the buffer and the waiter only.
     """
 
-    __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "closed", "error", "finish_reason",
-                 "first", "request", "sampling", "verdict")  # fmt: skip
+    __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "asked_s", "closed", "error",
+                 "finish_reason", "first", "promised_s", "request", "sampling",
+                 "verdict")  # fmt: skip
 
     def __init__(self, request: Request, sampling: Sampling, first: FirstTokenRule | None) -> None:
         self.request, self.sampling, self.first = request, sampling, first
@@ -43,6 +45,9 @@ class Ticket:
         self.finish_reason: FinishReason | None = None
         self.error: EngineError | None = None
         self.closed = False
+        #: When it was asked, until its first token; and the wait that was promised.
+        self.asked_s: float | None = None
+        self.promised_s = 0.0
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._waiter: Waiter | None = None
@@ -96,6 +101,17 @@ class Ticket:
         self.end(None, EngineClosed("this answer belongs to the process that was forked"))
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A command: compute these ids once and put them in front of prompts that begin with them."""
+
+    ids: Sequence[int]
+
+
+#: A ticket means "start", or "stop" when it is closed; None ends the thread.
+Command = Ticket | Share | None
+
+
 class Generation:
     """One answer being written: iterate it (async, or ``tokens_sync``) for batches of tokens.
 
@@ -104,7 +120,7 @@ class Generation:
     closes it too.
     """
 
-    def __init__(self, ticket: Ticket, commands: SimpleQueue[Ticket | None]) -> None:
+    def __init__(self, ticket: Ticket, commands: SimpleQueue[Command]) -> None:
         self._ticket = ticket
         self._commands = commands
 

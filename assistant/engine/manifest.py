@@ -1,44 +1,57 @@
 """``model.json``: what a model folder holds, and the proof that it still holds it.
 
-Loading checks every file's name, size and SHA-256 before anything parses it. Knows files and JSON;
-knows nothing of sessions, tokenizers or threads.
+Loading checks every file's name, size and SHA-256 before anything parses it (``folder`` does that).
+Knows names and JSON; knows nothing of sessions, tokenizers or threads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from assistant.engine.folder import (
+    WHY_NOT_DYNAMIC,
+    ManifestError,
+    check_entries,
+    digest,
+    fault,
+    read_text,
+    verify,
+)
 from assistant.engine.sampling import FirstTokenRule
+
+__all__ = [
+    "MODEL",
+    "NAME",
+    "TEMPLATE",
+    "TOKENIZER",
+    "Architecture",
+    "Calibration",
+    "Chat",
+    "FileEntry",
+    "Manifest",
+    "ManifestError",
+    "describe_files",
+]
 
 FORMAT = 1
 NAME = "model.json"
 MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
 OUT_OF_SCOPE = "out_of_scope"
-QUANTS = frozenset({"fp32", "row8", "int4"})
+QUANTS = frozenset({"fp32", "static8", "row8", "int4"})
 CHAT_FORMATS = frozenset({"inhouse", "jinja"})
+RUNNERS = frozenset({"packed", "plain"})
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1 << 20
-_MANIFEST_LIMIT_BYTES = 1 << 20
-#: ``NodeProto.op_type`` (field 4, wire type 2) of the operators that take one activation scale for
-#: the whole batch, as they lie in the file: cheap to look for while hashing.
-_PER_BATCH_OPS = tuple(
-    bytes([0x22, len(name)]) + name for name in (b"DynamicQuantizeMatMul", b"DynamicQuantizeLinear")
-)
-
-
-class ManifestError(Exception):
-    """A model folder cannot be used. The message names the file, the fault and the cure."""
+_MOST_ENDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +73,15 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
+    """How conversations are written: ``end``, or one of ``more_ends``, is what ends an answer.
+
+    A template sees ``bos`` as ``bos_token`` and ``end`` as ``eos_token``.
+    """
+
     format: str = "inhouse"
     end: str = "<|end|>"
+    bos: str = ""
+    more_ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +113,8 @@ class Manifest:
     quant: str
     context_tokens: int
     chat: Chat = Chat()
+    #: What runs the graph: ``packed`` is built here, ``plain`` came from an exporter and is slower.
+    runner: str = "packed"
     intents: Mapping[str, int] = field(default_factory=dict)
     smalltalk: tuple[str, ...] = ()
     scope: tuple[int, int] | None = None
@@ -104,12 +126,13 @@ class Manifest:
     @classmethod
     def load(cls, directory: Path) -> Manifest:
         """The manifest of ``directory``, every listed file verified. Raises: ManifestError."""
-        manifest = cls.parse(_read(directory / NAME), directory)
+        manifest = cls.parse(read_text(directory / NAME), directory)
+        check_entries(directory)
         for name in (MODEL, TOKENIZER):
             if name not in manifest.files:
-                raise _fault(directory / NAME, f"does not list {name}")
+                raise fault(directory / NAME, f"does not list {name}")
         for name, entry in manifest.files.items():
-            _verify(directory / name, entry)
+            verify(directory / name, entry.sha256, entry.bytes)
         return manifest
 
     @classmethod
@@ -119,15 +142,15 @@ class Manifest:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _fault(path, f"is not JSON ({error})") from error
+            raise fault(path, f"is not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
-            raise _fault(path, f"has format {found!r}, and this version reads format {FORMAT}")
+            raise fault(path, f"has format {found!r}, and this version reads format {FORMAT}")
         try:
             return _Reader(data).manifest()
         except (KeyError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise _fault(path, what) from error
+            raise fault(path, what) from error
 
     def first_token_rule(self) -> FirstTokenRule | None:
         """How to read the first position; None for a model without intents."""
@@ -160,7 +183,7 @@ def describe_files(
     directory: Path, names: Iterable[str] = (MODEL, TOKENIZER)
 ) -> dict[str, FileEntry]:
     """Hashes and sizes for a manifest about to be written."""
-    return {name: FileEntry(*_digest(directory / name)) for name in names}
+    return {name: FileEntry(*digest(directory / name)) for name in names}
 
 
 class _Reader:
@@ -181,6 +204,7 @@ class _Reader:
             quant=_quant(_text(data, "quant")),
             context_tokens=_whole(data, "context_tokens", least=8),
             chat=_chat(_section(data, "chat")),
+            runner=_one_of(data.get("runner", "packed"), "runner", RUNNERS),
             intents=_ids(data, "intents", vocab),
             smalltalk=tuple(str(name) for name in data.get("smalltalk", ())),
             scope=(_id(scope, "in", vocab), _id(scope, "out", vocab)) if scope else None,
@@ -255,17 +279,25 @@ def _architecture(data: Mapping[str, Any]) -> Architecture:
 
 def _quant(value: str) -> str:
     if value == "dynamic":
-        raise ValueError(f"has quant 'dynamic': {_WHY_NOT_DYNAMIC}")
-    if value not in QUANTS:
-        raise ValueError(f"has the unknown quant {value!r}; known: {', '.join(sorted(QUANTS))}")
+        raise ValueError(f"has quant 'dynamic': {WHY_NOT_DYNAMIC}")
+    return _one_of(value, "quant", QUANTS)
+
+
+def _one_of(value: Any, what: str, known: frozenset[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"has the unknown {what} {value!r}; known: {', '.join(sorted(known))}")
     return value
 
 
 def _chat(data: Mapping[str, Any]) -> Chat:
-    chat = Chat(_text(data, "format"), _text(data, "end"))
-    if chat.format not in CHAT_FORMATS:
-        raise ValueError(f"has the unknown chat format {chat.format!r}")
-    return chat
+    bos, more = data.get("bos", ""), data.get("more_ends", [])
+    texts = [bos, *more] if isinstance(more, list) and len(more) <= _MOST_ENDS else [None]
+    if not all(isinstance(text, str) for text in texts) or "" in more:
+        raise TypeError(
+            f"has no text under chat 'bos', or no list of them under 'more_ends': {more}"
+        )
+    format_ = _one_of(data["format"], "chat format", CHAT_FORMATS)
+    return Chat(format_, _text(data, "end"), bos, tuple(more))
 
 
 def _calibration(data: Mapping[str, Any]) -> Calibration:
@@ -285,65 +317,3 @@ def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
             raise ValueError(f"has no SHA-256 for {name}")
         files[name] = FileEntry(digest, _whole(entry, "bytes", least=0))
     return files
-
-
-_WHY_NOT_DYNAMIC = (
-    "quantize_dynamic takes one activation scale for the whole batch, so one user's text would "
-    "change another's answer; build it with row8 or int4"
-)
-
-
-def _read(path: Path) -> str:
-    _refuse_odd(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MANIFEST_LIMIT_BYTES + 1)
-        if len(raw) > _MANIFEST_LIMIT_BYTES:
-            raise _fault(path, f"is larger than {_MANIFEST_LIMIT_BYTES} bytes")
-        return raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _fault(path, f"cannot be read ({error})") from error
-
-
-def _verify(path: Path, entry: FileEntry) -> None:
-    _refuse_odd(path)
-    found = path.stat().st_size
-    if found != entry.bytes:
-        raise _fault(path, f"has {found} bytes instead of {entry.bytes}: truncated or replaced")
-    try:
-        digest, _ = _digest(path, refuse=_PER_BATCH_OPS if path.suffix == ".onnx" else ())
-    except OSError as error:
-        raise _fault(path, f"cannot be read ({error})") from error
-    if digest != entry.sha256:
-        raise _fault(path, "was altered: its SHA-256 is not the one in model.json")
-
-
-def _refuse_odd(path: Path) -> None:
-    if path.is_symlink():
-        raise _fault(path, "is a symbolic link; a model folder holds plain files only")
-    if not path.exists():
-        raise _fault(path, "is missing")
-    if not path.is_file():
-        raise _fault(path, "is not a plain file")
-
-
-def _digest(path: Path, refuse: tuple[bytes, ...] = ()) -> tuple[str, int]:
-    """SHA-256 and size. Raises: ManifestError where one of ``refuse`` occurs in the file."""
-    digest, size, overlap = hashlib.sha256(), 0, b""
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-            window = overlap + block
-            if any(mark in window for mark in refuse):
-                raise _fault(path, f"is quantised dynamically: {_WHY_NOT_DYNAMIC}")
-            overlap = block[-64:]
-    return digest.hexdigest(), size
-
-
-def _fault(path: Path, what: str) -> ManifestError:
-    folder = os.fspath(path.parent)
-    return ManifestError(
-        f"{path} {what}. Restore the folder with `git checkout -- {folder}` "
-        f"or build it again with `manage.py build_model`."
-    )

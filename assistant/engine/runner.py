@@ -1,4 +1,4 @@
-"""Runs one step of the model: packed token ids in, log-probabilities out.
+"""Runs one step of the model: token ids of some rows in, log-probabilities out.
 
 The only file that touches onnxruntime. Owns the session and the KV cache (one NumPy buffer per
 layer and side, a slot per row); knows slots and lengths, and nothing of requests, queues or text.
@@ -7,7 +7,6 @@ layer and side, a slot per row); knows slots and lengths, and nothing of request
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from assistant.engine.manifest import Architecture
+from assistant.engine.machine import cores
+from assistant.engine.manifest import Architecture, ManifestError
 from assistant.engine.sampling import Floats, Ints
 
-#: What a run costs besides its tokens, in tokens' worth: measured on a 9 M parameter model. A cell
-#: is one position of the padded [rows, longest chunk] square around attention.
+#: What a run costs besides its tokens, in tokens' worth: measured on a 9 M parameter model.
 RUN_COST = 13.0
-CELL_COST = 0.01
+#: Bound shapes that are kept; more only cost the time to bind them again.
+_MOST_BINDINGS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,31 @@ class Batch:
         )
 
 
+Saved = tuple[NDArray[Any], ...]
+#: Rows of a batch, their lowest slot, and how many slots up to the highest.
+Run = tuple[range, int, int]
+
+
 class Runner(Protocol):
     """What the engine asks of a model."""
 
     vocab_size: int
+    #: Memory that one token's keys and values take.
+    token_bytes: int
 
     def step(self, batch: Batch) -> Floats:
         """Log-probabilities of the sampling rows, in their order; valid until the next step.
-        *Shapes*: (number of true ``samples``, vocab)."""
+        *Shapes*: (number of true ``samples``, vocab). What a slot held behind ``starts`` is gone.
+        """
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Keys and values of the first ``tokens`` of slot ``source``, into slot ``target``."""
+
+    def save(self, slot: int, start: int, stop: int) -> Saved:
+        """A copy of the keys and values of the tokens from ``start`` to ``stop``."""
+
+    def load(self, slot: int, start: int, saved: Saved, tokens: int) -> None:
+        """Put the first ``tokens`` of ``saved`` into ``slot`` from ``start`` on."""
 
     def close(self) -> None:
         """Free the session; no step may follow."""
@@ -86,15 +103,13 @@ class OnnxRunner:
     ) -> None:
         self.vocab_size = architecture.vocab_size
         self._session = _session(model, threads)
+        _check_inputs(self._session, model)
         self._slots = slots
         # The operator wants room for a whole padded chunk behind every row, idle ones included.
         self._capacity = context_tokens + step_tokens
-        shape = (
-            slots,
-            architecture.num_key_value_heads,
-            self._capacity,
-            architecture.head_dim,
-        )
+        heads, width = architecture.num_key_value_heads, architecture.head_dim
+        shape = (slots, heads, self._capacity, width)
+        self.token_bytes = token_bytes(architecture)
         # Zeros come from the kernel page by page: a slot costs memory once it is written.
         self._caches = {
             f"{side}_{layer}": np.zeros(shape, np.float32)
@@ -103,19 +118,37 @@ class OnnxRunner:
         }
         # One more row for runs that sample nothing: the head never sees an empty tensor.
         self._logprobs = np.empty((slots + 1, self.vocab_size), np.float32)
-        self._bindings: dict[tuple[int, int], _Binding] = {}
+        self._bindings: dict[tuple[int, int, int], _Binding] = {}
+        self._layout = (b"", b"")
+        self._plan: list[Run] = []
 
     def step(self, batch: Batch) -> Floats:
         done = 0
-        firsts = np.cumsum(batch.counts) - batch.counts
-        for rows, low, size in runs(batch, self._slots):
-            token = int(firsts[rows.start])
-            part = _part(batch, rows, token)
+        for rows, low, size in self._runs(batch):
+            part = batch if len(rows) == len(batch.slots) else _part(batch, rows)
             wanted = int(part.samples.sum())
             out = self._logprobs[done : done + wanted] if wanted else self._logprobs[-1:]
-            self._binding(low, size).run(part, out)
+            self._binding(low, size, int(part.counts.max())).run(part, out)
             done += wanted
         return self._logprobs[:done]
+
+    def _runs(self, batch: Batch) -> list[Run]:
+        """While the same rows decode, a step is split as the one before."""
+        layout = (batch.slots.tobytes(), batch.counts.tobytes())
+        if layout != self._layout:
+            self._layout, self._plan = layout, list(runs(batch))
+        return self._plan
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for cache in self._caches.values():
+            cache[target, :, :tokens] = cache[source, :, :tokens]
+
+    def save(self, slot: int, start: int, stop: int) -> Saved:
+        return tuple(cache[slot, :, start:stop].copy() for cache in self._caches.values())
+
+    def load(self, slot: int, start: int, saved: Saved, tokens: int) -> None:
+        for cache, kept in zip(self._caches.values(), saved, strict=True):
+            cache[slot, :, start : start + tokens] = kept[:, :tokens]
 
     def close(self) -> None:
         self._bindings.clear()
@@ -132,106 +165,92 @@ class OnnxRunner:
         if hasattr(libc, "on_exit"):  # glibc
             libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
 
-    def _binding(self, low: int, size: int) -> _Binding:
-        """Caches are bound once per range of slots; there are few ranges, all powers of two."""
-        binding = self._bindings.get((low, size))
+    def _binding(self, low: int, size: int, width: int) -> _Binding:
+        """One a rectangle of slots and new tokens; the oldest goes where there are too many."""
+        key = (low, size, width)
+        binding = self._bindings.get(key)
         if binding is None:
+            if len(self._bindings) >= _MOST_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
             caches = {name: cache[low : low + size] for name, cache in self._caches.items()}
-            binding = _Binding(
-                self._session,
-                caches,
-                low=low,
-                capacity=self._capacity,
-                vocab_size=self.vocab_size,
-            )
-            self._bindings[low, size] = binding
+            binding = _Binding(self._session, caches, low, width, self._capacity)
+            self._bindings[key] = binding
         return binding
 
 
 class _Binding:
-    """The session bound to the slots ``low`` to ``low + size``.
+    """The session bound to some neighbouring slots, at ``width`` new tokens each.
 
-    Small inputs keep their arrays while shapes stay the same (all of decoding) and are overwritten
-    in place; a new shape binds new ones.
+    Its small inputs are arrays of its own, overwritten in place: a decode step allocates nothing.
     """
 
     def __init__(
-        self,
-        session: Any,
-        caches: dict[str, Floats],
-        *,
-        low: int,
-        capacity: int,
-        vocab_size: int,
+        self, session: Any, caches: dict[str, Floats], low: int, width: int, capacity: int
     ) -> None:
         import onnxruntime
 
         self._session = session
         self._io = session.io_binding()
-        self._low, self._size = low, len(next(iter(caches.values())))
-        self._vocab_size = vocab_size
+        size = len(next(iter(caches.values())))
+        self._low, self._width = low, width
         self._keep = caches  # the bound values borrow this memory
         for name, cache in caches.items():
             value = onnxruntime.OrtValue.ortvalue_from_numpy(cache)
             self._io.bind_ortvalue_input(f"past_{name}", value)
             self._io.bind_ortvalue_output(f"present_{name}", value)
-        self._seqlens = np.zeros(self._size, np.int32)
-        self._counts = np.zeros(self._size, np.int32)
+        self._ids = np.zeros((size, width), np.int64)
+        self._seqlens = np.zeros(size, np.int32)
+        self._counts = np.zeros(size, np.int32)
+        self._sample = np.zeros(0, np.int64)
+        self._io.bind_cpu_input("input_ids", self._ids)
         self._io.bind_cpu_input("seqlens_k", self._seqlens)
         self._io.bind_cpu_input("query_seqlens", self._counts)
         self._io.bind_cpu_input("total_length", np.array(capacity, np.int32))
-        self._shape = (0, 0, 0, 0)
+        self._out = (0, 0)
         self._layout = (b"", b"", b"")
 
     def run(self, batch: Batch, out: Floats) -> None:
-        longest = int(batch.counts.max())
-        shape = (len(batch.ids), longest, len(out), out.ctypes.data)
-        if shape != self._shape:
-            self._bind(*shape)
-            self._shape, self._layout = shape, (b"", b"", b"")
-        self._fill(batch, longest)
-        self._session.run_with_iobinding(self._io)
-
-    def _bind(self, total: int, longest: int, wanted: int, address: int) -> None:
-        self._ids = np.empty(total, np.int64)
-        self._unpack = np.empty(total, np.int64)
-        self._pack = np.empty((self._size, longest), np.int64)
-        self._sample = np.empty(wanted, np.int64)
-        self._io.bind_cpu_input("input_ids", self._ids)
-        self._io.bind_cpu_input("unpack", self._unpack)
-        self._io.bind_cpu_input("pack", self._pack)
-        self._io.bind_cpu_input("sample", self._sample)
-        shape = (wanted, self._vocab_size)
-        self._io.bind_output("logprobs", "cpu", 0, np.float32, shape, address)
-
-    def _fill(self, batch: Batch, longest: int) -> None:
-        """While the same rows decode, only ids and lengths change from step to step."""
+        """Raises: whatever onnxruntime raises; the caches' rows are then undefined."""
+        if (len(out), out.ctypes.data) != self._out:
+            self._bind(out)
         layout = (batch.slots.tobytes(), batch.counts.tobytes(), batch.samples.tobytes())
         if layout != self._layout:
-            self._lay_out(batch, longest)
+            self._lay_out(batch)
             self._layout = layout
-        self._ids[:] = batch.ids
-        self._seqlens[batch.slots - self._low] = batch.starts + batch.counts - 1
+        self._seqlens[self._rows] = batch.starts + batch.counts - 1
+        self._ids.ravel()[self._places] = batch.ids
+        self._session.run_with_iobinding(self._io)
 
-    def _lay_out(self, batch: Batch, longest: int) -> None:
-        """Where each packed token stands in the padded square, and which are sampled."""
-        total = len(batch.ids)
-        local = batch.slots - self._low
-        ends = np.cumsum(batch.counts)
-        row = np.repeat(np.arange(len(local)), batch.counts)
-        place = np.arange(total) - (ends - batch.counts)[row]
-        np.add(local[row] * longest, place, out=self._unpack)
-        self._pack.fill(0)
-        self._pack.ravel()[self._unpack] = np.arange(total)
-        self._counts.fill(0)
-        self._counts[local] = batch.counts
+    def _bind(self, out: Floats) -> None:
+        self._sample = np.zeros(len(out), np.int64)
+        self._io.bind_cpu_input("sample", self._sample)
+        self._io.bind_output("logprobs", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self._out = (len(out), out.ctypes.data)
+        self._layout = (b"", b"", b"")
+
+    def _lay_out(self, batch: Batch) -> None:
+        """Where each new token stands in the rectangle, and which are sampled; while the same rows
+        decode, this stays as it is."""
+        self._rows = batch.slots - self._low
+        firsts = np.cumsum(batch.counts) - batch.counts
+        within = np.arange(len(batch.ids)) - np.repeat(firsts, batch.counts)
+        self._places = np.repeat(self._rows, batch.counts) * self._width + within
+        self._ids.fill(0)
         self._seqlens.fill(0)
-        self._sample.fill(0)
+        self._counts.fill(0)
+        self._counts[self._rows] = batch.counts
+        last = self._rows * self._width + batch.counts - 1
         if batch.samples.any():
-            self._sample[:] = (ends - 1)[batch.samples]
+            self._sample[:] = last[batch.samples]
 
 
-def runs(batch: Batch, slots: int) -> Iterator[tuple[slice, int, int]]:
+def token_bytes(architecture: Architecture) -> int:
+    """Memory of one token's keys and values."""
+    heads, width = architecture.num_key_value_heads, architecture.head_dim
+    return 2 * architecture.num_hidden_layers * heads * width * np.dtype(np.float32).itemsize
+
+
+def runs(batch: Batch) -> Iterator[Run]:
     """How to split a step: (rows, lowest slot, number of slots) of each run.
 
     Decode rows run by themselves: the attention operator rounds a row of one token differently
@@ -241,43 +260,53 @@ def runs(batch: Batch, slots: int) -> Iterator[tuple[slice, int, int]]:
     count = len(batch.slots)
     long = np.flatnonzero(batch.counts > 1)
     first = int(long[0]) if long.size else count
-    split = [slice(0, first)] * (first > 0) + [slice(first, count)] * (first < count)
-    alone = split[: first > 0] + [slice(row, row + 1) for row in range(first, count)]
-    best = min((split, alone), key=lambda plan: sum(_cost(batch, rows, slots) for rows in plan))
+    split = [range(first)] * (first > 0) + [range(first, count)] * (first < count)
+    alone = split[: first > 0] + [range(row, row + 1) for row in range(first, count)]
+    best = min((split, alone), key=lambda plan: sum(_cost(batch, rows) for rows in plan))
     for rows in best:
-        yield rows, *_range(batch.slots[rows], slots)
+        yield rows, *_range(batch.slots[rows.start : rows.stop])
 
 
-def _cost(batch: Batch, rows: slice, slots: int) -> float:
-    _, size = _range(batch.slots[rows], slots)
-    counts = batch.counts[rows]
-    return RUN_COST + float(counts.sum()) + size * int(counts.max()) * CELL_COST
+def _cost(batch: Batch, rows: range) -> float:
+    part = slice(rows.start, rows.stop)
+    _, size = _range(batch.slots[part])
+    return RUN_COST + size * float(batch.counts[part].max())
 
 
-def _range(used: Ints, slots: int) -> tuple[int, int]:
-    """The smallest aligned block of 1, 2, 4, 8, ... slots that holds all of ``used``."""
-    low, high = int(used.min()), int(used.max())
-    size = 1 << (low ^ high).bit_length()
-    low -= low % size
-    return low, min(size, slots - low)
+def _range(used: Ints) -> tuple[int, int]:
+    """The lowest of the slots, and how many there are up to the highest."""
+    low = int(used.min())
+    return low, int(used.max()) - low + 1
 
 
-def _part(batch: Batch, rows: slice, first: int) -> Batch:
-    counts = batch.counts[rows]
+def _part(batch: Batch, rows: range) -> Batch:
+    part = slice(rows.start, rows.stop)
+    first = int(batch.counts[: rows.start].sum())
+    counts = batch.counts[part]
     return Batch(
-        slots=batch.slots[rows],
-        starts=batch.starts[rows],
+        slots=batch.slots[part],
+        starts=batch.starts[part],
         counts=counts,
-        samples=batch.samples[rows],
+        samples=batch.samples[part],
         ids=batch.ids[first : first + int(counts.sum())],
     )
+
+
+def _check_inputs(session: Any, model: Path) -> None:
+    """Raises: ManifestError for a graph of another version."""
+    names = {one.name: len(one.shape) for one in session.get_inputs()}
+    if names.get("input_ids") != 2 or "query_seqlens" not in names or "pack" in names:
+        raise ManifestError(
+            f"{model} was built by another version of Inhouse; build it again with "
+            f"`manage.py build_model`."
+        )
 
 
 def _session(model: Path, threads: int) -> Any:
     import onnxruntime  # here, so that importing the engine stays cheap
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # shapes vary: patterns only pile up memory
     options.log_severity_level = 4  # failures are raised; stderr belongs to the product
@@ -287,13 +316,6 @@ def _session(model: Path, threads: int) -> Any:
     ):
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-
-def _cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def batching_error(runner: Runner, slots: int) -> float:

@@ -104,6 +104,8 @@ class Sampler:
         self._penalty = np.ones(slots, np.float32)
         self._seen = np.zeros((slots, vocab_size), np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * slots
+        #: Slots that need more than the best token.
+        self._special: set[int] = set()
 
     def open(self, slot: int, sampling: Sampling, prompt: Sequence[int]) -> None:
         """Prepare ``slot`` for a new request; forgets whoever had it before."""
@@ -115,17 +117,30 @@ class Sampler:
         self._generators[slot] = (
             np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         )
+        plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        (self._special.discard if plain else self._special.add)(slot)
         if sampling.repetition_penalty != 1:
             self._seen[slot] = False
             self._seen[slot, np.asarray(prompt, np.int64)] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Let the request in slot ``source`` go on in ``target``."""
+        for state in (self._temperature, self._top_p, self._top_k, self._min_p, self._penalty):
+            state[target] = state[source]
+        self._seen[target] = self._seen[source]
+        self._generators[target] = self._generators[source]
+        (self._special.add if source in self._special else self._special.discard)(target)
 
     def choose(self, logprobs: Floats, slots: Sequence[int]) -> tuple[Ints, Floats]:
         """Chosen ids and their true log-probabilities; ``logprobs`` is masked in place.
 
         *Shapes*: logprobs (rows, vocab), slots (rows,) -> (rows,), (rows,).
         """
-        rows = np.asarray(slots, np.int64)
         logprobs[:, self._banned] = -np.inf
+        if self._special.isdisjoint(slots):
+            best = logprobs.argmax(axis=1)
+            return best, logprobs[np.arange(len(best)), best]
+        rows = np.asarray(slots, np.int64)
         scores, penalised = self._penalise(logprobs, rows)
         sampled = np.flatnonzero(self._temperature[rows] > 0)
         if not sampled.size:

@@ -1,20 +1,28 @@
 """Decides what each step computes: who holds a slot, whose tokens run, who is done.
 
-Pure bookkeeping over integers: knows no arrays, no threads, no clock and no model. One step is
-``plan()``, a run of the model elsewhere, ``advance()``, and ``accept()`` for each token chosen.
+Pure bookkeeping over integers: knows no arrays, no threads and no model; the time comes in. One
+step is ``plan()``, a run of the model elsewhere, ``advance()``, and ``accept()`` for each token
+chosen.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled"]
-#: Beside a full batch of decode rows but one, a prompt can always move on: see ``_chunk``.
-LEAST_CHUNK = 2
+#: With fewer prompt tokens in a step, some prompts could not be cut at all: see ``chunk``.
+LEAST_STEP = 4
+#: Prompts move on by this much even where the time allowed for a step is used up.
+_LEAST_CHUNK = 16
+#: Tokens of a paced answer that come at full speed first: so far it stays ahead of its reader.
+_HEAD_START = 4
+#: Slots whose paced rows run together. A step computes every slot between its lowest and highest
+#: row, so rows far apart would be paid for with idle ones.
+PACED_BLOCK = 128
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +32,8 @@ class Request:
     prompt: Sequence[int]
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
+    #: The caller: waiting requests are served fairly over scopes.
+    scope: str = ""
     slot: int = -1
     #: Tokens whose keys and values are in the slot's cache.
     cached: int = 0
@@ -31,6 +41,15 @@ class Request:
     written: int = 0
     #: The token to run next, once the prompt is in the cache.
     next_token: int = -1
+    #: Tokens that were fed after the prompt, in order: with it, what the cache holds.
+    fed: list[int] = field(default_factory=list)
+    #: When the reader of a paced answer needs the next token; seconds of the clock of ``plan``.
+    due_s: float = 0.0
+
+    @property
+    def missing(self) -> int:
+        """Prompt tokens that are not in the cache yet."""
+        return max(0, len(self.prompt) - self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +62,79 @@ class Chunk:
     count: int
     samples: bool
 
+    @property
+    def decodes(self) -> bool:
+        return self.start >= len(self.request.prompt)
+
     def tokens(self) -> Sequence[int]:
-        if self.start >= len(self.request.prompt):
+        if self.decodes:
             return (self.request.next_token,)
         return self.request.prompt[self.start : self.start + self.count]
 
 
+class Move(NamedTuple):
+    """A request that changed its slot: its cache must follow before the step."""
+
+    source: int
+    target: int
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Who was just given a slot, and what to run: decode rows first, then prefill chunks."""
+    """What to run: decode rows first, then prefill chunks. ``wait_s``: with nothing to run, when to
+    plan again."""
 
-    admitted: list[Request]
     chunks: list[Chunk]
+    wait_s: float = 0.0
+
+
+class Waiting:
+    """Requests without a slot, fairly over scopes: next is who has the fewest running, then who
+    was served longest ago."""
+
+    def __init__(self) -> None:
+        self._scopes: OrderedDict[str, deque[Request]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._scopes.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for queue in self._scopes.values() for request in queue)
+
+    def add(self, request: Request) -> None:
+        self._scopes.setdefault(request.scope, deque()).append(request)
+
+    def take(self, running: Counter[str]) -> Request:
+        """The next one, and its scope goes last."""
+        scope = min(self._scopes, key=lambda name: running[name])
+        queue = self._scopes.pop(scope)
+        request = queue.popleft()
+        if queue:
+            self._scopes[scope] = queue
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Harmless when it is not there."""
+        queue = self._scopes.get(request.scope, deque())
+        if request in queue:
+            queue.remove(request)
+            if not queue:
+                del self._scopes[request.scope]
 
 
 class Scheduler:
-    """First come, first served; the lowest free slot first, so that busy slots stay together."""
+    """``step_tokens`` bounds the prompt tokens of a step. The lowest free slot is given first, so
+    that busy slots stay together; ``reading_tokens_per_s`` paces answers, 0 does not."""
 
-    def __init__(self, *, slots: int, step_tokens: int) -> None:
-        if step_tokens < slots + LEAST_CHUNK:
-            raise ValueError(
-                f"step_tokens ({step_tokens}) must be at least max_batch + {LEAST_CHUNK} ({slots})"
-            )
+    def __init__(self, *, slots: int, step_tokens: int, reading_tokens_per_s: float = 0.0) -> None:
+        if step_tokens < LEAST_STEP:
+            raise ValueError(f"step_tokens ({step_tokens}) must be at least {LEAST_STEP}")
         self._step_tokens = step_tokens
+        self._period_s = 1 / reading_tokens_per_s if reading_tokens_per_s else 0.0
         self._free = list(range(slots))
-        self.waiting: deque[Request] = deque()
+        self._steps = 0
+        self.waiting = Waiting()
         self.running: list[Request] = []
 
     @property
@@ -75,7 +142,7 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Take ``request`` out, wherever it is; harmless when it has gone already."""
@@ -83,57 +150,108 @@ class Scheduler:
             heapq.heappush(self._free, request.slot)
             request.slot = -1
             self.running.remove(request)
-        elif request in self.waiting:
+        else:
             self.waiting.remove(request)
 
-    def plan(self) -> Step:
-        """The next step. Decode rows always fit; the budget they leave goes to prompts in order."""
-        admitted = self._admit()
-        chunks = [
-            Chunk(request, request.cached, 1, True)
-            for request in self.running
-            if request.cached >= len(request.prompt)
-        ]
-        budget = self._step_tokens - len(chunks)
-        for request in self.running:
-            missing = len(request.prompt) - request.cached
-            count = _chunk(missing, budget)
-            if count > 0:
-                chunks.append(Chunk(request, request.cached, count, count == missing))
-                budget -= count
-        return Step(admitted, chunks)
-
-    def _admit(self) -> list[Request]:
+    def admit(self) -> list[Request]:
+        """Give free slots to who waits. What a slot's cache holds for them is the caller's to say:
+        set ``cached`` before the next ``plan``."""
         admitted = []
+        running = Counter(request.scope for request in self.running)
         while self.waiting and self._free:
-            request = self.waiting.popleft()
+            request = self.waiting.take(running)
             request.slot = heapq.heappop(self._free)
+            running[request.scope] += 1
             self.running.append(request)
             admitted.append(request)
         return admitted
+
+    def tidy(self) -> Move | None:
+        """Where busy slots lie far apart, the highest moves down into a hole: a step computes every
+        slot between the lowest and the highest."""
+        slots = {request.slot: request for request in self.running}
+        if not slots or not self._free:
+            return None
+        top, low = max(slots), min(slots)
+        hole = self._free[0]
+        if hole > top or top - low + 1 <= len(slots) + max(2, len(slots) // 2):
+            return None
+        request = slots[top]
+        heapq.heapreplace(self._free, top)
+        request.slot = hole
+        return Move(top, hole, request.cached)
+
+    def plan(self, now_s: float, prompt_tokens: int | None = None) -> Step:
+        """The next step: rows that decode, and up to ``prompt_tokens`` of prompts (None: as many
+        as a step may hold)."""
+        self._steps += 1
+        prompts = self._prompts(prompt_tokens)
+        rows = self._decoding(now_s)
+        if rows or prompts:
+            return Step([Chunk(row, row.cached, 1, True) for row in rows] + prompts)
+        due = min((request.due_s for request in self.running), default=now_s)
+        return Step([], wait_s=max(0.0, due - now_s))
+
+    def _decoding(self, now_s: float) -> list[Request]:
+        """Rows with a token to run. Paced ones by blocks of neighbouring slots, so that few steps
+        serve many: the block whose reader is due first, with all who may have theirs early."""
+        rows = [request for request in self.running if not request.missing]
+        if not self._period_s or not rows:
+            return rows
+        first = min(rows, key=lambda row: row.due_s)
+        if first.due_s > now_s:
+            return []
+        block, early = first.slot // PACED_BLOCK, now_s + self._period_s
+        return [row for row in rows if row.slot // PACED_BLOCK == block and row.due_s <= early]
+
+    def _prompts(self, prompt_tokens: int | None) -> list[Chunk]:
+        """Chunks of prompts, the shortest rest first; every second step the oldest prompt is first,
+        so that a long one moves on whatever comes."""
+        budget = self._step_tokens
+        if prompt_tokens is not None:
+            budget = min(budget, max(_LEAST_CHUNK, prompt_tokens))
+        reading = [request for request in self.running if request.missing]
+        oldest = reading[0] if reading and self._steps % 2 == 0 else None
+        reading.sort(key=lambda request: (request is not oldest, request.missing))
+        chunks = []
+        for request in reading:
+            count = chunk(request.missing, budget)
+            if count > 0:
+                chunks.append(Chunk(request, request.cached, count, count == request.missing))
+                budget -= count
+        return chunks
 
     def advance(self, step: Step) -> None:
         """Note that ``step`` ran: its tokens are in the cache."""
         for chunk in step.chunks:
             chunk.request.cached += chunk.count
+            if chunk.decodes:
+                chunk.request.fed.append(chunk.request.next_token)
 
     def feed(self, request: Request, token: int) -> None:
         """Run ``token`` next without counting or showing it."""
         request.next_token = token
 
-    def accept(self, request: Request, token: int) -> FinishReason | None:
+    def accept(self, request: Request, token: int, now_s: float) -> FinishReason | None:
         """Take a chosen token; why the request is over, if it is. A stop token is not shown."""
         if token in request.stop_ids:
             return "stop"
         request.next_token = token
         request.written += 1
+        if self._period_s:
+            self._pace(request, now_s)
         return "length" if request.written >= request.max_new_tokens else None
+
+    def _pace(self, request: Request, now_s: float) -> None:
+        """Set when the next token is due; who fell behind may catch up."""
+        ahead = request.written < _HEAD_START
+        request.due_s = now_s if ahead else request.due_s + self._period_s
 
     def cached_tokens(self) -> int:
         return sum(request.cached for request in self.running)
 
 
-def _chunk(missing: int, budget: int) -> int:
+def chunk(missing: int, budget: int) -> int:
     """Prompt tokens to run now. Never one of several, nor all but one: a chunk of one token is
     rounded differently in attention, and how a prompt was cut must not show in the answer."""
     count = min(missing, budget)
@@ -144,12 +262,15 @@ def _chunk(missing: int, budget: int) -> int:
 
 @dataclass(slots=True)
 class Rates:
-    """Measured speeds, and the waiting time they promise. *Units*: seconds, tokens."""
+    """Measured speeds, and what they promise. *Units*: seconds, tokens."""
 
-    #: Pessimistic until measured: a refusal must not promise more than a slow machine can hold.
+    #: Pessimistic until measured.
     prefill_s: float = 1e-3
     step_s: float = 20e-3
     answer_tokens: float = 64.0
+    #: Moving means over first tokens: the wait, and by how much its promise was off.
+    waited_s: float = 0.0
+    missed_s: float = 0.0
     _weight: float = field(default=0.1, repr=False)
 
     def ran(self, *, prefill_tokens: int, seconds: float) -> None:
@@ -163,7 +284,17 @@ class Rates:
     def finished(self, tokens: int) -> None:
         self.answer_tokens += self._weight * (tokens - self.answer_tokens)
 
+    def prompt_budget(self, most_s: float) -> int:
+        """Prompt tokens that fit beside running answers into a step of ``most_s``."""
+        return int(max(0.0, most_s - self.step_s) / self.prefill_s)
+
     def eta_s(self, *, prompt_tokens: int, ahead: int, slots: int, free: bool) -> float:
-        """Until a newcomer's first token: the prompts before it, and slots to fall free."""
-        rounds = 0.0 if free else 0.5 + ahead / slots
+        """Until a newcomer's first token: the prompts before it and its own, and slots to fall
+        free: of ``slots`` answers that end evenly, number ``ahead`` + 1 ends."""
+        rounds = 0.0 if free else (ahead + 1) / (slots + 1)
         return prompt_tokens * self.prefill_s + rounds * self.answer_tokens * self.step_s
+
+    def waited(self, promised_s: float, real_s: float) -> None:
+        """A first token came ``real_s`` after a promise of ``promised_s``."""
+        self.waited_s += self._weight * (real_s - self.waited_s)
+        self.missed_s += self._weight * (abs(promised_s - real_s) - self.missed_s)

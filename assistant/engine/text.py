@@ -1,20 +1,24 @@
-"""Text to token ids and back: the chat format, a streaming detokeniser, stop strings.
+"""Text to token ids and back: the chat formats, a streaming detokeniser, stop strings.
 
-A user's text can never become a control token, whatever is typed. Knows tokenizers and the
-manifest; knows nothing of the model, requests or threads.
+A user's text can never become a control token, whatever is typed. Knows tokenizers, templates and
+the manifest; knows nothing of the model, requests or threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from assistant.engine.manifest import TOKENIZER, Manifest, ManifestError
+from assistant.engine.folder import read_text
+from assistant.engine.manifest import TEMPLATE, TOKENIZER, Manifest, ManifestError
+from assistant.engine.template import ChatTemplate, Piece, TemplateError
+from assistant.engine.words import Place, Words
 
 _ROLES = ("system", "user", "assistant")
 
@@ -34,40 +38,66 @@ class ChatTurn:
     intent: str | None = None
 
 
+class ChatFormat(Protocol):
+    """One way to write a conversation."""
+
+    #: Control tokens of the format's own, special to the tokenizer or not.
+    controls: frozenset[int]
+
+    def encode(self, turns: Sequence[ChatTurn]) -> list[int]:
+        """The turns, then what asks for an answer. Raises: ValueError."""
+
+    def overhead(self) -> tuple[int, int]:
+        """Tokens that a turn takes besides its text, and a prompt besides its turns."""
+
+
 class Codec:
     """Encodes conversations and opens text streams. Safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, manifest: Manifest) -> None:
-        tokenizer.encode_special_tokens = True  # typed control pieces stay plain text
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self._intents = dict(manifest.intents)
-        self._placeholders = dict(manifest.placeholders)
+    def __init__(self, tokenizer: Tokenizer, manifest: Manifest, template: str = "") -> None:
+        """``template``: the chat template of a model from elsewhere. Raises: ManifestError."""
+        self._words = words = Words(tokenizer)
         self._names = {id_: "{{" + name + "}}" for name, id_ in manifest.placeholders.items()}
-        self._roles = {role: self._id(f"<|{role}|>") for role in _ROLES}
-        self.end_id = self._id(manifest.chat.end)
-        added = tokenizer.get_added_tokens_decoder()
-        special = {id_ for id_, token in added.items() if token.special}
-        #: Ids that no text may encode to, placeholders included.
-        self._reserved = frozenset({self.end_id, *special, *self._roles.values(), *self._names})
+        self.end_id = _known(words, manifest.chat.end)
+        #: Each of these ends an answer.
+        self.end_ids = frozenset(
+            {self.end_id, *(_known(words, token) for token in manifest.chat.more_ends)}
+        )
+        if manifest.chat.format == "inhouse":
+            self._format: ChatFormat = _Inhouse(words, manifest)
+        else:
+            self._format = _Jinja(words, manifest, template)
         #: Ids that never become text.
-        self.control_ids = self._reserved - self._names.keys()
+        self.control_ids = (
+            self._format.controls | self.end_ids | words.special
+        ) - self._names.keys()
+        words.reserve(self._format.controls | self.end_ids | self._names.keys())
         #: Ids that the engine never samples.
-        self.banned_ids = tuple(sorted(self.control_ids - {self.end_id}))
-        self._check(manifest)
+        self.banned_ids = tuple(sorted(self.control_ids - self.end_ids))
+        _check_ids(words, manifest)
+        #: Tokens of the context that a turn takes besides its text, and that a prompt takes besides
+        #: its turns, where that depends on a template.
+        self.turn_tokens, self.frame_tokens = self._format.overhead()
 
     @classmethod
     def load(cls, directory: Path, manifest: Manifest) -> Codec:
         """The codec of a verified model folder. Raises: ManifestError."""
-        if manifest.chat.format != "inhouse":
-            raise ManifestError(
-                f"{directory} uses the chat format {manifest.chat.format!r}, which this version "
-                f"cannot write; use a model with the chat format 'inhouse'."
-            )
+        template = ""
+        if manifest.chat.format == "jinja":
+            if TEMPLATE not in manifest.files:
+                raise ManifestError(
+                    f"{directory} has no {TEMPLATE}, so how to talk to this model is unknown; put "
+                    f"one beside its weights and build it again with `manage.py build_model`."
+                )
+            template = read_text(directory / TEMPLATE)
         path = directory / TOKENIZER
         try:
-            return cls(Tokenizer.from_file(str(path)), manifest)
+            return cls(Tokenizer.from_file(str(path)), manifest, template)
+        except TemplateError as error:
+            raise ManifestError(
+                f"{directory / TEMPLATE} cannot be used: {error}; put a template that works "
+                f"beside the weights and build the model again with `manage.py build_model`."
+            ) from error
         except ManifestError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -79,10 +109,36 @@ class Codec:
     def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
         """Token ids of a prompt: the turns, then the piece that asks for an answer.
 
-        Raises: ValueError when the last turn is not the user's.
+        Raises: ValueError when the last turn is not the user's, or a template refuses the turns.
         """
         if not turns or turns[-1].role != "user":
             raise ValueError("a prompt ends with the user's turn")
+        return self._format.encode(turns)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without any turn around it."""
+        return self._words.plain(text)
+
+    def count(self, text: str) -> int:
+        """Tokens that ``text`` takes as plain text."""
+        return len(self.encode(text))
+
+    def stream(self) -> TextStream:
+        return TextStream(self._words, self.control_ids, self._names)
+
+
+class _Inhouse:
+    """The format of the models that are trained here: a control token a role, intents, slots."""
+
+    def __init__(self, words: Words, manifest: Manifest) -> None:
+        self._words = words
+        self._intents = dict(manifest.intents)
+        self._placeholders = dict(manifest.placeholders)
+        self._end = _known(words, manifest.chat.end)
+        self._roles = {role: _known(words, f"<|{role}|>") for role in _ROLES}
+        self.controls = frozenset(self._roles.values())
+
+    def encode(self, turns: Sequence[ChatTurn]) -> list[int]:
         ids: list[int] = []
         for turn in turns:
             ids.append(self._roles[turn.role])
@@ -90,16 +146,12 @@ class Codec:
                 ids.append(self._intents[turn.intent])
             ids += self._encode_parts(turn.parts)
             if turn.role == "assistant":
-                ids.append(self.end_id)
+                ids.append(self._end)
         ids.append(self._roles["assistant"])
         return ids
 
-    def count(self, text: str) -> int:
-        """Tokens that ``text`` takes as plain text."""
-        return len(self._encode(text))
-
-    def stream(self) -> TextStream:
-        return TextStream(self._tokenizer, self.control_ids, self._names)
+    def overhead(self) -> tuple[int, int]:
+        return 0, 0  # a few tokens, which whoever fits a history allows for
 
     def _encode_parts(self, parts: Iterable[str | Slot]) -> list[int]:
         """Neighbouring texts are joined first: how a text was cut must not change its tokens."""
@@ -108,66 +160,71 @@ class Codec:
             if is_slot:
                 ids += [self._placeholders[name] for name in group]
             else:
-                ids += self._encode("".join(_plain(part) for part in group))
+                ids += self._words.plain("".join(map(_plain, group)))
         return ids
 
     def _is_known_slot(self, part: str | Slot) -> bool:
         return isinstance(part, Slot) and part in self._placeholders
 
-    def _encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self._reserved.isdisjoint(ids):
-            return ids
-        # A tokenizer may know a control piece as a whole word too: spell it out.
-        spelled = (self._tokenizer.encode(char, add_special_tokens=False).ids for char in text)
-        return [id_ for ids in spelled for id_ in ids if id_ not in self._reserved]
 
-    def _id(self, token: str) -> int:
-        found: int | None = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise ManifestError(
-                f"{TOKENIZER} does not know {token!r}, which the chat format needs; "
-                f"build the model again with `manage.py build_model`."
-            )
-        return found
+class _Jinja:
+    """The format of a model from elsewhere: its own template says which control tokens stand where.
 
-    def _check(self, manifest: Manifest) -> None:
-        """The tokenizer and the manifest must speak of the same ids. Raises: ManifestError."""
-        expected = {f"<|intent:{name}|>": id_ for name, id_ in self._intents.items()}
-        expected |= {text: id_ for id_, text in self._names.items()}
-        if manifest.scope is not None:
-            expected |= dict(zip(("<|in_scope|>", "<|out_scope|>"), manifest.scope, strict=True))
-        wrong = next((token for token, id_ in expected.items() if self._id(token) != id_), None)
-        too_large = self._tokenizer.get_vocab_size() > manifest.architecture.vocab_size
-        if wrong is not None or too_large:
-            what = f"the id of {wrong!r}" if wrong is not None else "the size of the vocabulary"
-            raise ManifestError(
-                f"{TOKENIZER} and model.json disagree on {what}; "
-                f"build the model again with `manage.py build_model`."
-            )
+    Where a template writes the same text before an answer whether it asks for one or repeats one,
+    a longer conversation begins with the ids of a shorter one: nothing merges over a border.
+    """
+
+    controls: frozenset[int] = frozenset()
+
+    def __init__(self, words: Words, manifest: Manifest, template: str) -> None:
+        chat = manifest.chat
+        self._words = words
+        self._template = ChatTemplate(template, {"bos_token": chat.bos, "eos_token": chat.end})
+
+    def encode(self, turns: Sequence[ChatTurn]) -> list[int]:
+        said = [(turn.role, "".join(map(_plain, turn.parts))) for turn in turns]
+        ids: list[int] = []
+        place: Place = "start"
+        for piece in _spaced(self._template.render(said)):
+            if piece.typed:
+                ids += self._words.plain(piece.text, place)
+                place = "inside" if piece.text else place
+            else:
+                more, place = self._words.marked(piece.text, place)
+                ids += more
+        return ids
+
+    def overhead(self) -> tuple[int, int]:
+        """Measured on a conversation of one turn and of three. Raises: TemplateError."""
+        asks, says = ChatTurn("user", ("?",)), ChatTurn("assistant", ("!",))
+        one, three = len(self.encode([asks])), len(self.encode([asks, says, asks]))
+        turn = max(0, -(-(three - one) // 2) - 1)
+        return turn, max(0, one - 1 - turn)
 
 
 class TextStream:
     """Token ids to text, one at a time; never half a character. One answer each."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, control_ids: frozenset[int], names: dict[int, str]
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, words: Words, control_ids: frozenset[int], names: dict[int, str]) -> None:
+        self._words = words
         self._controls = control_ids
         self._names = names
-        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._opening = True
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes, perhaps none yet."""
         if token_id in self._controls:
             return ""
+        opening, self._opening = self._opening, False
         if token_id in self._names:
             # Bytes still waiting for the rest of their character will not get it any more.
-            self._decoder = DecodeStream(skip_special_tokens=False)
-            return self._names[token_id]
-        return self._decoder.step(self._tokenizer, token_id) or ""
+            return self.flush() + self._names[token_id]
+        return self._characters.decode(self._words.bytes_of(token_id, opening=opening))
+
+    def flush(self) -> str:
+        """What stands for half a character at the end of an answer: U+FFFD, or nothing."""
+        return self._characters.decode(b"", True)
 
 
 class StopFilter:
@@ -204,6 +261,42 @@ class StopFilter:
         return next((size for size in sizes if self._held.endswith(stop[:size])), 0)
 
 
+def _spaced(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The same text, but a space before a typed word belongs to that word, as tokens have it."""
+    space = ""
+    for at, piece in enumerate(pieces):
+        text, space = space + piece.text, ""
+        following = pieces[at + 1].text if pieces[at + 1 :] and pieces[at + 1].typed else ""
+        if not piece.typed and text.endswith(" ") and following[:1].strip():
+            text, space = text[:-1], " "
+        yield Piece(text, piece.typed)
+
+
 def _plain(part: str | Slot) -> str:
     """A placeholder that this model does not know is only its name in braces."""
     return "{{" + part + "}}" if isinstance(part, Slot) else part
+
+
+def _known(words: Words, token: str) -> int:
+    found = words.id(token)
+    if found is None:
+        raise ManifestError(
+            f"{TOKENIZER} does not know {token!r}, which the chat format needs; "
+            f"build the model again with `manage.py build_model`."
+        )
+    return found
+
+
+def _check_ids(words: Words, manifest: Manifest) -> None:
+    """The tokenizer and the manifest must speak of the same ids. Raises: ManifestError."""
+    expected = {f"<|intent:{name}|>": id_ for name, id_ in manifest.intents.items()}
+    expected |= {"{{" + name + "}}": id_ for name, id_ in manifest.placeholders.items()}
+    if manifest.scope is not None:
+        expected |= dict(zip(("<|in_scope|>", "<|out_scope|>"), manifest.scope, strict=True))
+    wrong = next((token for token, id_ in expected.items() if _known(words, token) != id_), None)
+    if wrong is not None or len(words) > manifest.architecture.vocab_size:
+        what = f"the id of {wrong!r}" if wrong is not None else "the size of the vocabulary"
+        raise ManifestError(
+            f"{TOKENIZER} and model.json disagree on {what}; "
+            f"build the model again with `manage.py build_model`."
+        )

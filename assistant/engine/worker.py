@@ -10,19 +10,33 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal
 
+import numpy as np
+
 from assistant.engine.errors import EngineClosed, EngineCrashed, EngineError
-from assistant.engine.generation import Ticket, Waiter
+from assistant.engine.generation import Command, Share, Ticket, Waiter
 from assistant.engine.manifest import Manifest
+from assistant.engine.prefix import Kept, PrefixCache
 from assistant.engine.runner import Batch, Runner
 from assistant.engine.sampling import Floats, Sampler, judge
-from assistant.engine.scheduler import LEAST_CHUNK, FinishReason, Rates, Request, Scheduler, Step
+from assistant.engine.scheduler import (
+    LEAST_STEP,
+    FinishReason,
+    Rates,
+    Request,
+    Scheduler,
+    Step,
+    chunk,
+)
 from assistant.engine.text import Codec
+
+#: A cache shorter than this is read again faster than it is found.
+_LEAST_KEPT_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +48,58 @@ class EngineConfig:
     max_batch: int = 32
     max_queue: int = 128
     max_queue_tokens: int = 32768
-    #: Tokens per step, prompts and answers together: how long a long prompt may hold up the others.
+    #: Prompt tokens of one step at most, where nobody waits for the next token of an answer.
     step_tokens: int = 256
+    #: Where somebody does: a step takes no longer than this, as far as measured rates tell.
+    most_step_s: float = 0.08
     context_tokens: int = 1024
+    #: Memory of running answers' keys and values; it may lower ``max_batch``. 0: a quarter of what
+    #: the process may use.
+    kv_bytes: int = 0
+    #: Memory of finished answers', kept for their chats' next turns. 0: keep none.
+    prefix_bytes: int = 64 << 20
+    #: Pace of an answer after its first words, for many readers at once. 0: as fast as possible.
+    reading_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.max_batch, self.max_queue, self.max_queue_tokens) < 1 or self.threads < 0:
+        least = (self.max_batch, self.max_queue, self.max_queue_tokens)
+        if min(least) < 1 or self.threads < 0:
             raise ValueError("max_batch, max_queue and max_queue_tokens start at 1, threads at 0")
-        if self.step_tokens < self.max_batch + LEAST_CHUNK or self.context_tokens < 8:
-            raise ValueError(
-                f"step_tokens must be at least max_batch + {LEAST_CHUNK}, context_tokens at least 8"
-            )
+        if self.step_tokens < LEAST_STEP or self.context_tokens < 8:
+            raise ValueError(f"step_tokens starts at {LEAST_STEP}, context_tokens at 8")
+        if min(self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s) < 0:
+            raise ValueError("kv_bytes, prefix_bytes and reading_tokens_per_s are not negative")
+        if not self.most_step_s > 0:
+            raise ValueError("most_step_s must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One moment of the engine. *Units*: ``kv_usage`` 0..1, ``*_s`` seconds, the rest counts."""
+    """One moment of the engine. *Units*: ``kv_usage`` 0..1, ``*_s`` seconds, ``*_per_s`` tokens per
+    second, ``*_bytes`` bytes, the rest counts."""
 
     state: Literal["new", "running", "crashed", "closed"] = "new"
+    #: Answers that may run at once.
+    slots: int = 0
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
     kv_usage: float = 0.0
+    kv_bytes: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    #: Prompt tokens that were not computed because their chat's cache was kept.
+    reused_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
     step_s: float = 0.0
     busy_s: float = 0.0
+    prefill_per_s: float = 0.0
+    kept_chats: int = 0
+    kept_bytes: int = 0
+    #: Mean distance of promised from real waits over the mean wait, lately.
+    eta_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +109,8 @@ class Loaded:
     runner: Runner
     banned: tuple[int, ...] = ()
     context_tokens: int | None = None
+    #: Rows that the runner has room for; None: as many as asked, and one more.
+    slots: int | None = None
     manifest: Manifest | None = None
     codec: Codec | None = None
 
@@ -111,6 +150,7 @@ class _Gate:
 class _Counters:
     steps: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
@@ -120,25 +160,32 @@ class _Counters:
 class Worker:
     """One life of the engine's thread, from start to close or crash."""
 
-    def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
+    def __init__(self, config: EngineConfig, loaded: Loaded, rates: Rates | None = None) -> None:
         self.loaded = loaded
         self.context_tokens = min(
             config.context_tokens, loaded.context_tokens or config.context_tokens
         )
         self.gate = _Gate(config)
-        self.rates = Rates()
-        self.stats = EngineStats(state="running")
+        self.rates = rates or Rates()
         self.error: BaseException | None = None
         self._config = config
         self._runner = loaded.runner
-        self._scheduler = Scheduler(slots=config.max_batch, step_tokens=config.step_tokens)
-        self._sampler = Sampler(config.max_batch, self._runner.vocab_size, loaded.banned)
+        self.slots = loaded.slots or config.max_batch
+        self._scheduler = Scheduler(
+            slots=self.slots,
+            step_tokens=config.step_tokens,
+            reading_tokens_per_s=config.reading_tokens_per_s,
+        )
+        self._sampler = Sampler(self.slots, self._runner.vocab_size, loaded.banned)
+        self._prefixes = PrefixCache(config.prefix_bytes)
+        #: How long to wait for commands where no answer is due yet.
+        self._rest_s = 0.0
         self._counters = _Counters()
         self._tickets: dict[Request, Ticket] = {}
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, asyncio.Future[None]]]]
         self._wakes = {}
         #: A ticket means "start", or "stop" when it is closed; None ends the thread.
-        self.commands: SimpleQueue[Ticket | None] = SimpleQueue()
+        self.commands: SimpleQueue[Command] = SimpleQueue()
         self._ended = False
         self._intake = threading.Lock()
         self._thread = threading.Thread(target=self._live, name="assistant-engine", daemon=True)
@@ -162,14 +209,42 @@ class Worker:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def eta_s(self) -> float:
-        """What a newcomer would wait for its first token."""
-        stats = self.stats
+    @property
+    def stats(self) -> EngineStats:
+        """This moment's figures, read beside the running thread: each is right, all together may
+        be a step apart."""
+        counters, rates = self._counters, self.rates
+        cached = self._scheduler.cached_tokens()
+        return EngineStats(
+            state="running",
+            slots=self.slots,
+            running=len(self._scheduler.running),
+            waiting=len(self.gate),
+            waiting_tokens=self.gate.tokens,
+            kv_usage=cached / (self.slots * self.context_tokens),
+            kv_bytes=cached * self._runner.token_bytes,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            reused_tokens=counters.reused_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=counters.finished,
+            cancelled=counters.cancelled,
+            step_s=rates.step_s,
+            busy_s=counters.busy_s,
+            prefill_per_s=1 / rates.prefill_s,
+            kept_chats=len(self._prefixes),
+            kept_bytes=self._prefixes.bytes,
+            eta_error=rates.missed_s / rates.waited_s if rates.waited_s else 0.0,
+        )
+
+    def eta_s(self, prompt_tokens: int = 0) -> float:
+        """What a newcomer with that many tokens would wait for its first one."""
+        ahead = len(self.gate)
         return self.rates.eta_s(
-            prompt_tokens=self.gate.tokens,
-            ahead=len(self.gate),
-            slots=self._config.max_batch,
-            free=stats.running + len(self.gate) < self._config.max_batch,
+            prompt_tokens=self.gate.tokens + prompt_tokens,
+            ahead=ahead,
+            slots=self.slots,
+            free=len(self._scheduler.running) + ahead < self.slots,
         )
 
     def orphan(self) -> None:
@@ -197,35 +272,84 @@ class Worker:
     def _drain(self) -> bool:
         """Take all commands, waiting for one when there is nothing to do; False to end."""
         idle = not self._scheduler.busy
+        wait = idle or self._rest_s > 0
         with contextlib.suppress(Empty):
             while True:
-                ticket = self.commands.get(block=idle)
-                idle = False
-                if ticket is None:
+                command = self.commands.get(block=wait, timeout=None if idle else self._rest_s)
+                idle = wait = False
+                if command is None:
                     return False
-                self._handle(ticket)
+                self._handle(command)
         return True
 
-    def _handle(self, ticket: Ticket) -> None:
-        if ticket.closed:
-            self._end(ticket, "cancelled")
+    def _handle(self, command: Ticket | Share) -> None:
+        if isinstance(command, Share):
+            self._share(command.ids)
+        elif command.closed:
+            self._end(command, "cancelled")
         else:
-            self._tickets[ticket.request] = ticket
-            self._scheduler.add(ticket.request)
+            self._tickets[command.request] = command
+            self._scheduler.add(command.request)
+
+    def _share(self, ids: Sequence[int]) -> None:
+        """Compute the prefix in the row behind the last slot, which no answer uses."""
+        done = 0
+        while done < len(ids):
+            count = chunk(len(ids) - done, self._config.step_tokens)
+            part = ids[done : done + count]
+            self._runner.step(Batch.of([self.slots], [done], [False], [part]))
+            done += count
+        saved = self._runner.save(self.slots, 0, len(ids))
+        self._prefixes.share(Kept(np.array(ids, np.int64), 0, saved))
 
     def _step(self) -> None:
-        step = self._scheduler.plan()
-        for request in step.admitted:
-            ticket = self._tickets[request]
-            self.gate.leave(ticket)
-            self._sampler.open(request.slot, ticket.sampling, request.prompt)
+        for request in self._scheduler.admit():
+            self._open(request)
+        if (move := self._scheduler.tidy()) is not None:
+            self._runner.copy(*move)
+            self._sampler.move(move.source, move.target)
+        began = time.perf_counter()
+        budget = self.rates.prompt_budget(self._config.most_step_s) if self._answering else None
+        step = self._scheduler.plan(began, budget)
         if step.chunks:
-            began = time.perf_counter()
             logprobs = self._runner.step(_batch(step))
             self._scheduler.advance(step)
             self._choose(step, logprobs)
             self._count(step, time.perf_counter() - began)
+        self._rest_s = step.wait_s
         self._publish()
+
+    @property
+    def _answering(self) -> bool:
+        """Whether somebody would notice a long step."""
+        return any(not request.missing for request in self._scheduler.running)
+
+    def _open(self, request: Request) -> None:
+        """Prepare the slot that ``request`` was just given, with what is kept of its chat."""
+        ticket = self._tickets[request]
+        self.gate.leave(ticket)
+        self._sampler.open(request.slot, ticket.sampling, request.prompt)
+        hit = self._prefixes.find(request.scope, request.prompt)
+        shared, start = self._prefixes.shared, 0
+        if shared is not None and self._prefixes.starts_shared(request.prompt):
+            start = len(shared.ids)
+            if hit.tokens:
+                self._runner.load(request.slot, 0, shared.saved, min(start, hit.tokens))
+        if hit.kept is not None:
+            begin = hit.kept.start
+            self._runner.load(request.slot, begin, hit.kept.saved, hit.tokens - begin)
+        request.cached = hit.tokens
+        self._counters.reused_tokens += hit.tokens
+
+    def _keep(self, request: Request) -> None:
+        """Keep the cache of an answer that ends, for its chat's next turn."""
+        if not request.scope or request.cached < _LEAST_KEPT_TOKENS:
+            return
+        ids = [*request.prompt, *request.fed][: request.cached]
+        start = self._prefixes.starts_shared(ids)
+        if request.cached - start >= _LEAST_KEPT_TOKENS:
+            saved = self._runner.save(request.slot, start, request.cached)
+            self._prefixes.keep(request.scope, Kept(np.array(ids, np.int64), start, saved))
 
     def _choose(self, step: Step, logprobs: Floats) -> None:
         tickets = [self._tickets[chunk.request] for chunk in step.chunks if chunk.samples]
@@ -245,6 +369,7 @@ class Worker:
 
     def _judge(self, ticket: Ticket, logprobs: Floats) -> None:
         assert ticket.first is not None
+        self._answered(ticket)
         ticket.verdict = judge(logprobs, ticket.first)
         self._scheduler.feed(ticket.request, ticket.verdict.token_id)
 
@@ -252,7 +377,8 @@ class Worker:
         if logprob != logprob:  # NaN
             error = EngineError("the model's probabilities are not numbers; rebuild the model")
             return self._end(ticket, None, error)
-        reason = self._scheduler.accept(ticket.request, token)
+        self._answered(ticket)
+        reason = self._scheduler.accept(ticket.request, token, time.perf_counter())
         if reason != "stop":
             self._counters.generated_tokens += 1
             self._wake(ticket, ticket.push(token, logprob))
@@ -268,10 +394,18 @@ class Worker:
         if not ticket.done:
             self._counters.cancelled += reason == "cancelled"
             self._counters.finished += reason != "cancelled"
+        if ticket.request.slot >= 0 and error is None:
+            self._keep(ticket.request)
         self._scheduler.remove(ticket.request)
         self._tickets.pop(ticket.request, None)
         self.gate.leave(ticket)
         self._wake(ticket, ticket.end(reason, error))
+
+    def _answered(self, ticket: Ticket) -> None:
+        """Note, once a ticket, how long its first token took and what was promised."""
+        if ticket.asked_s is not None:
+            self.rates.waited(ticket.promised_s, time.perf_counter() - ticket.asked_s)
+            ticket.asked_s = None
 
     def _wake(self, ticket: Ticket, waiter: Waiter | None) -> None:
         if isinstance(waiter, threading.Event):
@@ -281,7 +415,7 @@ class Worker:
             self._wakes.setdefault(loop, []).append((ticket, future))
 
     def _publish(self) -> None:
-        """One call per event loop wakes all its readers; then the figures of this moment."""
+        """One call per event loop wakes all its readers."""
         while self._wakes:
             loop, readers = self._wakes.popitem()
             try:
@@ -289,30 +423,9 @@ class Worker:
             except Exception:  # the loop was closed: its readers are gone, whatever it raises
                 for ticket, _ in readers:
                     self._end(ticket, "cancelled")
-        self._take_figures()
-
-    def _take_figures(self) -> None:
-        counters = self._counters
-        capacity = self._config.max_batch * self.context_tokens
-        self.stats = EngineStats(
-            state="running",
-            running=len(self._scheduler.running),
-            waiting=len(self.gate),
-            waiting_tokens=self.gate.tokens,
-            kv_usage=self._scheduler.cached_tokens() / capacity,
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            finished=counters.finished,
-            cancelled=counters.cancelled,
-            step_s=self.rates.step_s,
-            busy_s=counters.busy_s,
-        )
 
     def _count(self, step: Step, seconds: float) -> None:
-        prefill = sum(
-            chunk.count for chunk in step.chunks if chunk.start < len(chunk.request.prompt)
-        )
+        prefill = sum(chunk.count for chunk in step.chunks if not chunk.decodes)
         self.rates.ran(prefill_tokens=prefill, seconds=seconds)
         self._counters.steps += 1
         self._counters.prompt_tokens += prefill
@@ -325,9 +438,9 @@ class Worker:
         left = list(self._tickets.values())
         with contextlib.suppress(Empty):
             while True:
-                ticket = self.commands.get_nowait()
-                if ticket is not None:
-                    left.append(ticket)
+                command = self.commands.get_nowait()
+                if isinstance(command, Ticket):
+                    left.append(command)
         for ticket in left:
             # Bookkeeping may be what broke: only what a reader sees is touched.
             self.gate.leave(ticket)
@@ -336,6 +449,7 @@ class Worker:
         for loop, readers in self._wakes.items():
             with contextlib.suppress(Exception):
                 loop.call_soon_threadsafe(_resolve, [future for _, future in readers])
+        self._prefixes = PrefixCache(0)
         with contextlib.suppress(Exception):
             self._runner.close()
 

@@ -1,178 +1,42 @@
-"""Checkpoints: a folder with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+"""Checkpoints: a folder with ``config.json``, safetensors and ``tokenizer.json``.
 
-Reads and checks them without torch, and writes seeded random ones of known shapes, so that anyone
+Opens and checks them without torch, and writes seeded random ones of known shapes, so that anyone
 can test and benchmark offline. Knows nothing of ONNX or of quantisation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
-N = TypeVar("N", int, float)
+from assistant.modelkit.shape import EMBED, HEAD, NORM, SHAPES, ModelShape, RopeScaling
+from assistant.modelkit.weights import Array, CheckpointError, Stored, read, read_json
+from assistant.modelkit.weights import stored_tensors as _stored_tensors
+
+__all__ = [
+    "CONTROL",
+    "SCOPE",
+    "SHAPES",
+    "Array",
+    "Checkpoint",
+    "CheckpointError",
+    "ModelShape",
+    "RopeScaling",
+    "write_checkpoint",
+    "write_random",
+]
 
 CONTROL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 SCOPE = ("<|in_scope|>", "<|out_scope|>")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-_EMBED, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message names the file, the fault and the cure."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What ``config.json`` says about the network; field names as there."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 1024
-    family: str = "llama"
-
-    def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})."
-            )
-        if self.head_dim % 16:
-            raise CheckpointError(
-                f"head_dim is {self.head_dim}; the attention kernel needs a multiple of 16."
-            )
-        if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
-            raise CheckpointError("rms_norm_eps and rope_theta must be above 0.")
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "qwen3"
-
-    @property
-    def query_width(self) -> int:
-        """Width of all query heads together; not always ``hidden_size`` (Qwen3)."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.num_key_value_heads * self.head_dim
-
-    @property
-    def parameters(self) -> int:
-        return sum(int(np.prod(size)) for size in self.tensors().values())
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight, as Hugging Face's Llama family stores them."""
-        found: dict[str, tuple[int, ...]] = {_EMBED: (self.vocab_size, self.hidden_size)}
-        for layer in range(self.num_hidden_layers):
-            found.update(self._layer(f"model.layers.{layer}."))
-        found[_NORM] = (self.hidden_size,)
-        if not self.tie_word_embeddings:
-            found[_HEAD] = (self.vocab_size, self.hidden_size)
-        return found
-
-    def _layer(self, at: str) -> dict[str, tuple[int, ...]]:
-        hidden, wide = self.hidden_size, self.intermediate_size
-        widths = {"q": self.query_width, "k": self.kv_width, "v": self.kv_width}
-        found: dict[str, tuple[int, ...]] = {f"{at}input_layernorm.weight": (hidden,)}
-        for name, width in widths.items():
-            found[f"{at}self_attn.{name}_proj.weight"] = (width, hidden)
-            if self.qkv_bias:
-                found[f"{at}self_attn.{name}_proj.bias"] = (width,)
-        for name in ("q", "k") if self.qk_norm else ():
-            found[f"{at}self_attn.{name}_norm.weight"] = (self.head_dim,)
-        found[f"{at}self_attn.o_proj.weight"] = (hidden, self.query_width)
-        found[f"{at}post_attention_layernorm.weight"] = (hidden,)
-        found[f"{at}mlp.gate_proj.weight"] = (wide, hidden)
-        found[f"{at}mlp.up_proj.weight"] = (wide, hidden)
-        found[f"{at}mlp.down_proj.weight"] = (hidden, wide)
-        return found
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The shape a ``config.json`` describes. Raises: CheckpointError for what is not built."""
-        family = str(config.get("model_type", "llama"))
-        _refuse_unknown(config, family)
-        heads = _number(config, "num_attention_heads", int)
-        hidden = _number(config, "hidden_size", int)
-        rope = config.get("rope_parameters") or {}
-        return cls(
-            hidden_size=hidden,
-            num_hidden_layers=_number(config, "num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_key_value_heads=_number(config, "num_key_value_heads", int, heads),
-            head_dim=_number(config, "head_dim", int, hidden // max(heads, 1)),
-            intermediate_size=_number(config, "intermediate_size", int),
-            vocab_size=_number(config, "vocab_size", int),
-            rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
-            rope_theta=_number({**rope, **config}, "rope_theta", float, 10000.0),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=_number(config, "max_position_embeddings", int, 2048),
-            family=family,
-        )
-
-    def config(self) -> dict[str, Any]:
-        """The ``config.json`` of this shape; ``from_config`` reads it back."""
-        fields = asdict(self)
-        family = fields.pop("family")
-        return {"model_type": family, "hidden_act": "silu", **fields}
-
-
-#: Known shapes with random weights: for tests, benchmarks and comparisons with other engines.
-SHAPES: dict[str, ModelShape] = {
-    "tiny": ModelShape(48, 2, 4, 2, 16, 96, 512),
-    "9m": ModelShape(320, 6, 5, 1, 64, 896, 6000),
-    "15m": ModelShape(384, 8, 6, 2, 64, 1024, 8192, max_position_embeddings=4096),
-    "smollm2-135m": ModelShape(
-        576, 30, 9, 3, 64, 1536, 49152, rope_theta=100_000.0, max_position_embeddings=8192
-    ),
-    "qwen2.5-0.5b": ModelShape(
-        896,
-        24,
-        14,
-        2,
-        64,
-        4864,
-        151_936,
-        rms_norm_eps=1e-6,
-        rope_theta=1_000_000.0,
-        max_position_embeddings=32768,
-        family="qwen2",
-    ),
-}
+#: Stored by old versions of transformers, and computed by every other.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -181,72 +45,68 @@ class Checkpoint:
 
     directory: Path
     shape: ModelShape
+    _stored: Mapping[str, Stored] = field(repr=False)
+    _read: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
         """Raises: CheckpointError where a file or tensor is missing or has another shape."""
         path = directory / "config.json"
-        text = _text(path)
+        config = read_json(path)
+        stored = _stored_tensors(directory)
+        # Who leaves the setting out has tied them, or else stored a head.
+        config.setdefault("tie_word_embeddings", HEAD not in stored)
         try:
-            shape = ModelShape.from_config(json.loads(text))
+            shape = ModelShape.from_config(config)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}.") from error
-        checkpoint = cls(directory, shape)
+        checkpoint = cls(directory, shape, stored)
         checkpoint._check()
         return checkpoint
 
     def tensor(self, name: str) -> Array:
-        """One weight as float32, whatever it is stored as (fp32, fp16 or bf16)."""
-        import ml_dtypes
+        """One weight as float32, whatever it is stored as. Raises: CheckpointError."""
+        self._read.add(name)
+        return read(name, self._stored[name])
 
-        value = self._file.get_tensor(name)
-        if value.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise CheckpointError(
-                f"{self._path}: {name} is stored as {value.dtype}; fp32, fp16 and bf16 are read."
-            )
-        return np.asarray(value, dtype=np.float32)
+    @property
+    def unread(self) -> list[str]:
+        """Weights that nobody has asked for: a network without them is another network."""
+        return sorted(self.shape.tensors().keys() - self._read)
 
     @property
     def embedding(self) -> Array:
-        return self.tensor(_EMBED)
+        return self.tensor(EMBED)
 
     @property
     def head(self) -> Array:
-        return self.tensor(_EMBED if self.shape.tie_word_embeddings else _HEAD)
+        return self.tensor(EMBED if self.shape.tie_word_embeddings else HEAD)
 
     @property
     def final_norm(self) -> Array:
-        return self.tensor(_NORM)
-
-    @property
-    def _path(self) -> Path:
-        return self.directory / "model.safetensors"
-
-    @cached_property
-    def _file(self) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if not self._path.is_file():
-            raise CheckpointError(
-                f"{self._path} is missing. A checkpoint folder holds config.json, "
-                "model.safetensors (one file, not shards) and tokenizer.json."
-            )
-        try:
-            return safe_open(self._path, framework="numpy")
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._path} is damaged: {error}.") from error
+        return self.tensor(NORM)
 
     def _check(self) -> None:
-        stored = set(self._file.keys())
-        for name, wanted in self.shape.tensors().items():
-            if name not in stored:
-                raise CheckpointError(f"{self._path} lacks {name}, which config.json calls for.")
-            found = tuple(self._file.get_slice(name).get_shape())
-            if found != wanted:
+        wanted = self.shape.tensors()
+        for name, size in wanted.items():
+            if name not in self._stored:
                 raise CheckpointError(
-                    f"{self._path}: {name} has shape {found}, and config.json calls for {wanted}."
+                    f"{self.directory} lacks {name}, which config.json calls for: it is not this "
+                    "model's config.json, or a part is missing. Download the folder again."
+                )
+            found = self._stored[name].shape
+            if found != size:
+                raise CheckpointError(
+                    f"{self._stored[name].path}: {name} has shape {found}, and config.json calls "
+                    f"for {size}. Take both from the same model."
+                )
+        for name in self._stored:
+            layer = name.startswith("model.layers.")
+            if layer and name not in wanted and not _COMPUTED.fullmatch(name):
+                raise CheckpointError(
+                    f"{self._stored[name].path} holds {name[:100]!r}, for which a "
+                    f"{self.shape.family} with this config.json has no use: without it the answers "
+                    "would be another model's. Correct config.json, or build with --via optimum."
                 )
 
 
@@ -337,42 +197,6 @@ def _inhouse(name: str, seed: int, ids: Mapping[str, int]) -> dict[str, Any]:
         "scope": {"in": ids[SCOPE[0]], "out": ids[SCOPE[1]]},
         "placeholders": {label: ids[f"{{{{{label}}}}}"] for label in _PLACEHOLDERS},
     }
-
-
-def _refuse_unknown(config: Mapping[str, Any], family: str) -> None:
-    if family not in FAMILIES:
-        raise CheckpointError(
-            f"model_type {family!r} is not built here; known: {', '.join(FAMILIES)}."
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not built; only silu is.")
-    for key in ("mlp_bias",) if family == "qwen2" else ("mlp_bias", "attention_bias"):
-        if config.get(key):
-            raise CheckpointError(f"{key} is set, and the graph has no such bias.")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"rope scaling {kind!r} is not built; only plain rotary is.")
-    if config.get("quantization_config"):
-        raise CheckpointError("The checkpoint is quantised already; start from its full weights.")
-
-
-def _number(
-    config: Mapping[str, Any], key: str, kind: Callable[[Any], N], default: N | None = None
-) -> N:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{key} is missing or not a number.")
-    return kind(value)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; SOURCE must be a checkpoint folder.") from None
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

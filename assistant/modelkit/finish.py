@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from assistant.engine import Engine, EngineConfig, Manifest
 from assistant.engine.text import ChatTurn, Slot
 from assistant.modelkit import card, labels, scoring
-from assistant.modelkit.build import build
+from assistant.modelkit.build import build_for
 from assistant.modelkit.calibrate import calibrate, write_card_source
 from assistant.modelkit.corpus import Corpus
 from assistant.modelkit.tokens import Encoder, Mask
@@ -36,6 +36,10 @@ SHOWN = (
     "thanks, that helped!",
     "what's the weather like tomorrow?",
 )
+
+
+#: Development questions on which quantising is measured.
+_PROMPTS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ def finish(
     fitted, figures = calibrate(model, encoder, mask, corpus.dev)
     write_card_source(folder, name, version, fitted, figures)
     out = folder / "model"
-    manifest = build(folder, out, "row8", progress=progress)
+    prompts = _prompts(encoder, mask, [text for text, _ in corpus.dev["written"][:_PROMPTS]])
+    manifest = build_for("throughput", folder, out, progress, prompts=prompts)
     progress("judging the built model ...")
     judged, replies = _judge(out, corpus, mask)
     judged |= _against_fp32(manifest)
@@ -76,6 +81,12 @@ def finish(
     for key, value in {**figures, **judged}.items():
         progress(f"  {key.replace('_', ' '):40} {value}")
     return out / "MODEL_CARD.md"
+
+
+def _prompts(encoder: Encoder, mask: Mask, questions: Sequence[str]) -> list[list[int]]:
+    """Questions as the model reads them: what quantising is measured on."""
+    user, assistant = encoder.id(labels.USER), encoder.id(labels.ASSISTANT)
+    return [[user, *encoder.parts(mask(text).parts), assistant] for text in questions]
 
 
 def _against_fp32(manifest: Manifest) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """The ONNX graph of a Llama-family decoder, written node by node from a checkpoint.
 
-One run serves everyone: all new tokens of all rows lie packed on one axis ``[T]``, and are gathered
-to ``[B, S]`` only around attention. How a matrix is stored and multiplied is the scheme's business
-(``quantise``); running the graph is the engine's. No torch, no exporter.
+Rows of one run lie in a rectangle ``[B, S]``: all decoding rows at S = 1, or a prompt's next chunk
+at B = 1. Nothing is gathered or reshaped between layers. How a matrix is stored and multiplied is
+the scheme's business (``quantise``); running the graph is the engine's. No torch, no exporter.
 
-Inputs: ``input_ids`` (T,), ``pack`` (B, S) into T, ``unpack`` (T,) into B*S, ``seqlens_k`` (B,),
-``query_seqlens`` (B,), ``total_length`` (), ``sample`` (R,) into T, ``past_k_i`` and ``past_v_i``
-(B, kv_heads, capacity, head_dim). Outputs: ``logprobs`` (R, vocab), ``pooled`` (R, hidden),
-``present_k_i`` and ``present_v_i``, to be bound to the buffers of the past.
+Inputs: ``input_ids`` (B, S), ``seqlens_k`` (B,), ``query_seqlens`` (B,), ``total_length`` (),
+``sample`` (R,) into B*S, ``past_k_i`` and ``past_v_i`` (B, kv_heads, capacity, head_dim). Outputs:
+``logprobs`` (R, vocab), ``pooled`` (R, hidden), ``present_k_i`` and ``present_v_i``, to be bound to
+the buffers of the past.
 
 Measured on onnxruntime 1.32's CPU GroupQueryAttention, and binding for a runner:
 
-* A row with one new token has other last bits at S = 1 than at S >= 2, where all S agree. Decode
-  rows meet chunks (S >= 2), so ``pack`` must have S >= 2 always: pad a pure decode step to two.
+* A row with one new token has other last bits at S = 1 than at S >= 2, where all S agree: decode
+  rows run by themselves, at S = 1.
 * Rows with two or more new tokens agree bit for bit however a prompt is cut, but a chunk of one
   token does not: never cut a prompt so that one token is left over.
 * ``seqlens_k`` is never negative: an idle row with an empty cache says 0.
@@ -31,11 +31,14 @@ import numpy as np
 import numpy.typing as npt
 
 from assistant.modelkit.checkpoint import Array, Checkpoint, ModelShape
+from assistant.modelkit.rotary import rotary_tables
 
 if TYPE_CHECKING:
     import onnx
 
 CONTRIB = "com.microsoft"
+#: Begins the names of outputs that a scheme adds to measure with.
+TAP = "peak:"
 _OPSET, _IR_VERSION = 21, 10
 #: protobuf refuses messages from 2 GiB.
 LIMIT_BYTES = 2**31 - 2**20
@@ -55,9 +58,8 @@ class Weight:
 
 
 class Scheme(Protocol):
-    """How weights are stored and multiplied. Every activation is (tokens, width) float32."""
-
-    def __init__(self, writer: Writer) -> None: ...
+    """How weights are stored and multiplied. Activations are float32, (B, S, width) or, once only
+    the sampled rows are left, (R, width)."""
 
     def embedding(self, ids: str, table: Weight, *, tied: bool) -> str:
         """Rows of ``table`` for ``ids``; ``tied`` when ``head`` will be given the same table."""
@@ -75,6 +77,8 @@ class Writer:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        #: Names of outputs besides the graph's own, one vector each.
+        self.taps: list[str] = []
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
         from onnx import numpy_helper
@@ -154,11 +158,9 @@ class _Decoder:
         if self._shape.qk_norm:
             qkv = self._head_norms(layer, qkv)
         attended = self._attention(layer, qkv)
-        rows = "unpack"
         if last:  # after the last attention only the sampled rows matter
-            rows = g.op("Gather", "unpack", "sample")
-            x = g.op("Gather", x, "sample")
-        attended = g.op("Gather", attended, rows)
+            attended = self._sampled(attended, self._shape.query_width)
+            x = self._sampled(x, self._shape.hidden_size)
         (o,) = self._scheme.matmuls(attended, self._weight(layer, "self_attn.o_proj"))
         normed, x = self._skip_norm(x, o, f"{_at(layer)}post_attention_layernorm.weight")
         gate, up = self._scheme.matmuls(
@@ -172,11 +174,11 @@ class _Decoder:
         return self._skip_norm(x, down, f"{_at(layer + 1)}input_layernorm.weight")
 
     def _attention(self, layer: int, qkv: str) -> str:
-        """Attended values, one row per padded position: (B*S, query_width)."""
+        """Attended values, (B, S, query_width)."""
         g, shape = self._g, self._shape
-        out = g.op(
+        return g.op(
             "GroupQueryAttention",
-            *(g.op("Gather", qkv, "pack"), "", "", f"past_k_{layer}", f"past_v_{layer}"),
+            *(qkv, "", "", f"past_k_{layer}", f"past_v_{layer}"),
             *("seqlens_k", "total", "cos", "sin"),
             # positions, bias, sink, two cache scales, and two head norms the CPU kernel lacks
             *([""] * 7),
@@ -189,23 +191,26 @@ class _Decoder:
             rotary_interleaved=0,
             scale=shape.head_dim**-0.5,
         )
-        flat = g.constant("flat", np.array([-1, shape.query_width], np.int64))
-        return g.op("Reshape", out, flat)
+
+    def _sampled(self, x: str, width: int) -> str:
+        """The rows whose next token is wanted: (R, width)."""
+        flat = self._g.constant(f"flat_{width}", np.array([-1, width], np.int64))
+        return self._g.op("Gather", self._g.op("Reshape", x, flat), "sample")
 
     def _head_norms(self, layer: int, qkv: str) -> str:
         """``qkv`` with every query and key head normed (Qwen3), in nodes of their own."""
         g, shape = self._g, self._shape
         groups = [shape.num_attention_heads, *[shape.num_key_value_heads] * 2]
-        apart = g.constant("heads", np.array([-1, sum(groups), shape.head_dim], np.int64))
-        flat = g.constant("flat_qkv", np.array([-1, sum(groups) * shape.head_dim], np.int64))
+        apart = g.constant("heads", np.array([0, 0, sum(groups), shape.head_dim], np.int64))
+        flat = g.constant("joined", np.array([0, 0, sum(groups) * shape.head_dim], np.int64))
         parts = (f"q_{layer}", f"k_{layer}", f"v_{layer}")
         sizes = g.constant("head_groups", np.array(groups, np.int64))
-        g.op("Split", g.op("Reshape", qkv, apart), sizes, axis=1, to=parts)
+        g.op("Split", g.op("Reshape", qkv, apart), sizes, axis=2, to=parts)
         q, k = (
             self._norm(part, f"{_at(layer)}self_attn.{name}_norm.weight")
             for part, name in zip(parts, "qk", strict=False)
         )
-        return g.op("Reshape", g.op("Concat", q, k, parts[2], axis=1), flat)
+        return g.op("Reshape", g.op("Concat", q, k, parts[2], axis=2), flat)
 
     def _norm(self, x: str, gamma: str) -> str:
         return self._g.op(
@@ -236,21 +241,12 @@ class _Decoder:
         return Weight(f"layer_{layer}.qkv", joined("weight"), bias)
 
     def _weight(self, layer: int, name: str) -> Weight:
-        value = self._from.tensor(f"{_at(layer)}{name}.weight")
-        return Weight(f"layer_{layer}.{name.split('.')[1].removesuffix('_proj')}", value)
+        at, short = f"{_at(layer)}{name}", name.split(".")[1].removesuffix("_proj")
+        bias = self._from.tensor(f"{at}.bias") if self._shape.has_bias(name) else None
+        return Weight(f"layer_{layer}.{short}", self._from.tensor(f"{at}.weight"), bias)
 
     def _gamma(self, name: str) -> str:
         return self._g.constant(name, self._from.tensor(name))
-
-
-def rotary_tables(shape: ModelShape, rows: int) -> tuple[Array, Array]:
-    """Cosines and sines, (rows, head_dim / 2) each.
-
-    Source: Su et al. 2021, RoFormer, in the half-split layout of Hugging Face's Llama.
-    """
-    steps = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
-    angles = np.arange(rows)[:, None] * shape.rope_theta**-steps
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def _at(layer: int) -> str:
@@ -267,7 +263,11 @@ def _model(writer: Writer, shape: ModelShape) -> onnx.ModelProto:
             "Build with --quant row8 or int4."
         )
     graph = helper.make_graph(
-        writer.nodes, "decoder", _inputs(shape), _outputs(shape), list(writer.constants.values())
+        writer.nodes,
+        "decoder",
+        _inputs(shape),
+        [*_outputs(shape), *(_tap(name) for name in writer.taps)],
+        list(writer.constants.values()),
     )
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(
@@ -280,9 +280,7 @@ def _inputs(shape: ModelShape) -> list[onnx.ValueInfoProto]:
 
     whole, short = TensorProto.INT64, TensorProto.INT32
     return [
-        helper.make_tensor_value_info("input_ids", whole, ["T"]),
-        helper.make_tensor_value_info("pack", whole, ["B", "S"]),
-        helper.make_tensor_value_info("unpack", whole, ["T"]),
+        helper.make_tensor_value_info("input_ids", whole, ["B", "S"]),
         helper.make_tensor_value_info("seqlens_k", short, ["B"]),
         helper.make_tensor_value_info("query_seqlens", short, ["B"]),
         helper.make_tensor_value_info("total_length", short, []),
@@ -299,6 +297,12 @@ def _outputs(shape: ModelShape) -> list[onnx.ValueInfoProto]:
         helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["R", shape.hidden_size]),
         *_cache(shape, "present"),
     ]
+
+
+def _tap(name: str) -> onnx.ValueInfoProto:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}.width"])
 
 
 def _cache(shape: ModelShape, prefix: str) -> list[onnx.ValueInfoProto]:

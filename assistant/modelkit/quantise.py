@@ -1,36 +1,86 @@
-"""How a model's matrices are stored and multiplied: fp32, row8 or int4.
+"""How a model's matrices are stored and multiplied: fp32, static8, row8 or int4.
 
-``row8`` gives every token its own activation scale, so no answer depends on what else is in the
-batch. Writes nodes through ``graph.Writer``; knows nothing of layers, checkpoints or files.
+No scheme lets an answer depend on what else is in the batch: activation scales are constants
+(``static8``) or belong to one token (``row8``, ``int4``). Writes nodes through ``graph.Writer``;
+knows nothing of layers, checkpoints or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from assistant.modelkit.checkpoint import Array
-from assistant.modelkit.graph import CONTRIB, Scheme, Weight, Writer
+from assistant.modelkit.graph import CONTRIB, TAP, Scheme, Weight, Writer
 
 _BLOCK = 32
+#: An activation that was always zero still needs a scale.
+_LEAST_PEAK = 1e-6
+SCHEMES = ("static8", "row8", "int4", "fp32")
+#: How much of ``down``'s outliers its weights take over. On a trained 9 M model greedy agreement
+#: with fp32 was 0.84 / 0.88 / 0.84 at 0.5 / 0.7 / 0.85, and 0.85 with outliers left as they are.
+_BALANCE = 0.7
+#: Largest size of each channel of the activations that enter a matrix: (in,), by the name of the
+#: first matrix they enter.
+Peaks = Mapping[str, Array]
 
 
 class QuantError(ValueError):
     """The scheme is unknown or refused."""
 
 
-def scheme(name: str) -> Callable[[Writer], Scheme]:
-    """The scheme called ``name``. Raises: QuantError."""
+def scheme(name: str, measured: Measured | None = None) -> Callable[[Writer], Scheme]:
+    """The scheme called ``name``; static8 needs what was ``measured``. Raises: QuantError."""
+    known(name)
+    if name == "static8":
+        if measured is None:
+            raise QuantError("static8 needs measured peaks of the activations.")
+        return lambda writer: Static8(writer, measured)
+    schemes: dict[str, Callable[[Writer], Scheme]] = {"row8": Row8, "int4": Int4, "fp32": Fp32}
+    return schemes[name]
+
+
+def known(name: str) -> None:
+    """Raises: QuantError where ``name`` is no scheme."""
     if name == "dynamic":
         raise QuantError(
             "dynamic is refused: it takes one activation scale for the whole batch, so another "
-            "user's text would change this user's answer. Use row8, which is as small."
+            "user's text would change this user's answer. Use static8, which is as small and fast."
         )
     if name not in SCHEMES:
         raise QuantError(f"No scheme is called {name!r}. Known: {', '.join(SCHEMES)}.")
-    return SCHEMES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Activations of one model: what static8 is built from.
+
+    ``balance``: by the name of a ``down`` matrix, what its inputs are divided by, (in,). The matrix
+    is multiplied by the same, and ``up`` divided, which changes nothing but where outliers lie.
+    """
+
+    peaks: Mapping[str, float]
+    balance: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, peaks: Peaks, downs: Mapping[str, Array]) -> Measured:
+        """``downs``: the ``down`` matrices, (out, in), by name.
+
+        Source: Xiao et al. 2022, SmoothQuant, equation 4.
+        """
+        balance = {
+            name: np.maximum(peaks[name], _LEAST_PEAK) ** _BALANCE
+            / np.maximum(np.abs(down).max(axis=0), _LEAST_PEAK) ** (1 - _BALANCE)
+            for name, down in downs.items()
+        }
+        largest = {
+            name: float((channels / balance.get(name, np.float32(1))).max())
+            for name, channels in peaks.items()
+        }
+        return cls(largest, balance)
 
 
 class Fp32:
@@ -43,16 +93,39 @@ class Fp32:
         return self._g.op("Gather", self._g.constant(table.name, table.value), ids)
 
     def matmuls(self, x: str, *weights: Weight) -> list[str]:
-        return [self._gemm(x, weight) for weight in weights]
+        return [self._product(x, weight) for weight in weights]
 
     def head(self, x: str, table: Weight) -> str:
-        return self._gemm(x, table)
+        # Turned by the operator: the embedding reads the same matrix.
+        return self._g.op("Gemm", x, self._g.constant(table.name, table.value), transB=1)
 
-    def _gemm(self, x: str, weight: Weight) -> str:
-        inputs = [x, self._g.constant(weight.name, weight.value)]
-        if weight.bias is not None:
-            inputs.append(self._g.constant(f"{weight.name}.bias", weight.bias))
-        return self._g.op("Gemm", *inputs, transB=1)
+    def _product(self, x: str, weight: Weight) -> str:
+        y = self._g.op("MatMul", x, self._g.constant(weight.name, weight.value.T))
+        if weight.bias is None:
+            return y
+        return self._g.op("Add", y, self._g.constant(f"{weight.name}.bias", weight.bias))
+
+
+class Tapped(Fp32):
+    """Full precision that also tells the largest size of each channel that enters a matrix.
+
+    The graph gets one more output for it, ``peak:NAME``, (in,).
+    """
+
+    def matmuls(self, x: str, *weights: Weight) -> list[str]:
+        self._tap(x, weights[0])
+        return super().matmuls(x, *weights)
+
+    def head(self, x: str, table: Weight) -> str:
+        self._tap(x, table)
+        return super().head(x, table)
+
+    def _tap(self, x: str, weight: Weight) -> None:
+        g, width = self._g, weight.value.shape[1]
+        flat = g.constant(f"rows_of_{width}", np.array([-1, width], np.int64))
+        rows = g.op("Reshape", g.op("Abs", x), flat)
+        first = g.constant("first_axis", np.array([0], np.int64))
+        g.taps.append(g.op("ReduceMax", rows, first, keepdims=0, to=(f"{TAP}{weight.name}",)))
 
 
 class Row8:
@@ -65,22 +138,23 @@ class Row8:
 
     def __init__(self, writer: Writer) -> None:
         self._g = writer
-        self._step = writer.constant("row8.step", np.array(1 / 127, np.float32))
-        self._middle = writer.constant("row8.middle", np.array(128, np.uint8))
+        self._middle = writer.constant("middle", np.array(128, np.uint8))
 
     def embedding(self, ids: str, table: Weight, *, tied: bool) -> str:
         # Tied: the head's (hidden, vocab) matrix serves both, so columns are gathered and turned.
-        g, axis = self._g, 1 if tied else 0
-        matrix, scales = self._store(table) if tied else self._store_rows(table)
-        rows = g.op("Gather", matrix, ids, axis=axis)
-        x = g.op("DequantizeLinear", rows, g.op("Gather", scales, ids), axis=axis)
-        return g.op("Transpose", x, perm=[1, 0]) if tied else x
+        g = self._g
+        matrix, _ = self._store(table) if tied else self._store_rows(table)
+        rows = g.op("Gather", matrix, ids, axis=1 if tied else 0)
+        rows = g.op("Transpose", rows, perm=[1, 2, 0]) if tied else rows
+        scales = g.constant(f"{table.name}.row_scale", quantise_rows(table.value)[1][:, None])
+        whole = g.op("DequantizeLinear", rows, g.constant("one", np.array(1, np.float32)))
+        return g.op("Mul", whole, g.op("Gather", scales, ids))
 
     def matmuls(self, x: str, *weights: Weight) -> list[str]:
         g = self._g
         # A row of zeros divides 0 by 0; whatever that becomes as uint8 is multiplied by 0 again.
         peak = g.op("ReduceMax", g.op("Abs", x), self._last_axis(), keepdims=1)
-        small = g.op("QuantizeLinear", g.op("Div", x, peak), self._step, self._middle)
+        small = g.op("QuantizeLinear", g.op("Div", x, peak), self._unit(), self._middle)
         return [self._product(small, peak, weight) for weight in weights]
 
     def head(self, x: str, table: Weight) -> str:
@@ -89,7 +163,7 @@ class Row8:
     def _product(self, small: str, peak: str, weight: Weight) -> str:
         g = self._g
         matrix, scales = self._store(weight)
-        inputs = (small, matrix, self._step, scales, self._middle)
+        inputs = (small, matrix, self._unit(), scales, self._middle)
         y = g.op("Mul", g.op("MatMulIntegerToFloat", *inputs, domain=CONTRIB), peak)
         if weight.bias is None:
             return y
@@ -106,8 +180,48 @@ class Row8:
         matrix = self._g.constant(f"{weight.name}.int8", values)
         return matrix, self._g.constant(f"{weight.name}.scale", scales)
 
+    def _unit(self) -> str:
+        """The scale of activations that were divided by their row's peak."""
+        return self._g.constant("row8.step", np.array(1 / 127, np.float32))
+
     def _last_axis(self) -> str:
         return self._g.constant("last_axis", np.array([-1], np.int64))
+
+
+class Static8(Row8):
+    """8-bit weights, 8-bit activations with one constant scale a matrix, measured before.
+
+    Larger activations than ever measured are cut off there. On a trained 9 M model greedy agreement
+    with fp32 is 0.88, row8's 0.90, at little more than half of row8's nodes.
+    """
+
+    def __init__(self, writer: Writer, measured: Measured) -> None:
+        super().__init__(writer)
+        self._peaks, self._balance = measured.peaks, measured.balance
+
+    def matmuls(self, x: str, *weights: Weight) -> list[str]:
+        name = weights[0].name
+        size = np.array(max(self._peaks[name], _LEAST_PEAK) / 127, np.float32)
+        step = self._g.constant(f"{name}.step", size)
+        small = self._g.op("QuantizeLinear", x, step, self._middle)
+        return [self._constant_product(small, step, self._balanced(one)) for one in weights]
+
+    def _balanced(self, weight: Weight) -> Weight:
+        layer, _, name = weight.name.rpartition(".")
+        balance = self._balance.get(f"{layer}.down")
+        if balance is None or name not in ("up", "down"):
+            return weight
+        if name == "down":
+            return replace(weight, value=weight.value * balance)
+        bias = None if weight.bias is None else weight.bias / balance
+        return replace(weight, value=weight.value / balance[:, None], bias=bias)
+
+    def _constant_product(self, small: str, step: str, weight: Weight) -> str:
+        matrix, scales = self._store(weight)
+        inputs = [small, matrix, step, scales, self._middle]
+        if weight.bias is not None:
+            inputs += ["", self._g.constant(f"{weight.name}.bias", weight.bias)]
+        return self._g.op("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
 
 
 class Int4(Row8):
@@ -139,9 +253,6 @@ class Int4(Row8):
             block_size=_BLOCK,
             accuracy_level=4,  # 8-bit activations, one scale per token and block
         )
-
-
-SCHEMES: dict[str, Callable[[Writer], Scheme]] = {"row8": Row8, "int4": Int4, "fp32": Fp32}
 
 
 def quantise_rows(matrix: Array) -> tuple[npt.NDArray[np.int8], Array]:

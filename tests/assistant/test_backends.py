@@ -7,6 +7,7 @@ its probabilities are replaced (``Say``): tokenizer, scheduler, thread and text 
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 import time
@@ -22,6 +23,7 @@ from assistant import backends
 from assistant.backends.base import Backend
 from assistant.backends.echo import EchoBackend
 from assistant.backends.onnx import OnnxBackend, Options
+from assistant.engine.manifest import Chat, Manifest, describe_files
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -206,22 +208,26 @@ async def test_the_echo_fails_as_it_is_told(command: str, error: type[AssistantE
 
 
 class Say:
-    """Makes the model of ``backend`` choose these texts and placeholders, then an end.
+    """Makes the model of ``backend`` choose these texts, placeholders and ids, then an end.
 
-    One stream at a time: the first sampled row is the hidden one, then one row a token.
+    One stream at a time: the first sampled row is the hidden one, if the model has intents, then
+    one row a token.
     """
 
-    def __init__(self, backend: OnnxBackend, *pieces: str) -> None:
+    def __init__(self, backend: OnnxBackend, *pieces: str | int) -> None:
         engine = backend.engine
         assert engine._worker is not None and engine.codec is not None
         assert engine.manifest is not None
         placeholders = engine.manifest.placeholders
         self._ids: list[int] = []
         for piece in pieces:
+            if isinstance(piece, int):
+                self._ids.append(piece)
+                continue
             known = placeholders.get(piece.strip("{}")) if piece.startswith("{{") else None
-            self._ids += engine.codec._encode(piece) if known is None else [known]
+            self._ids += engine.codec.encode(piece) if known is None else [known]
         self._ids.append(engine.codec.end_id)
-        self._at = -1
+        self._at = 0 if engine.manifest.first_token_rule() is None else -1
         self._step = engine._worker.loaded.runner.step
         engine._worker.loaded.runner.step = self  # type: ignore[method-assign, assignment]
 
@@ -500,6 +506,91 @@ def test_options_that_make_no_sense_are_an_error_of_ours(
 
 def test_more_answers_at_once_than_a_steps_usual_tokens_are_possible(make_onnx: MakeOnnx) -> None:
     make_onnx(max_batch=300, context_tokens=64).check()
+
+
+# -- a model from elsewhere, with a chat template of its own --------------------------------------
+
+TEMPLATE = (
+    "<|system|>be good{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.content == '' %}{{ raise_exception('say something') }}{% endif %}<|end|>"
+    "{% endfor %}<|assistant|>"
+)
+
+
+@pytest.fixture
+def elsewhere(tiny_model: Path, tmp_path: Path, make_onnx: MakeOnnx) -> OnnxBackend:
+    """The tiny model without intents, slots and a format of ours."""
+    folder = shutil.copytree(tiny_model, tmp_path / "elsewhere")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    manifest = replace(
+        Manifest.load(folder),
+        chat=Chat("jinja", "<|end|>", more_ends=("<|pad|>",)),
+        intents={},
+        scope=None,
+        placeholders={},
+        files=describe_files(folder, ("model.onnx", "tokenizer.json", "chat_template.jinja")),
+    )
+    manifest.write(folder)
+    return make_onnx(folder)
+
+
+async def test_a_model_from_elsewhere_answers_through_its_own_template(
+    elsewhere: OnnxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(elsewhere, monkeypatch)
+    Say(elsewhere, "Hello ", "there.")
+    started, *rest, finished = await events_of(elsewhere, [Message("user", EVIL)])
+    assert started == Started("random-tiny@seed-0")
+    assert text_of(rest) == "Hello there."
+    assert isinstance(finished, Finished) and finished.reason == "stop"
+    codec = elsewhere.engine.codec
+    assert codec is not None
+    controls = [id_ for id_ in prompts[0] if id_ in codec.control_ids]
+    tokenizer = json.loads((Path(elsewhere.options.model_dir) / "tokenizer.json").read_text())
+    ids = {one["content"]: one["id"] for one in tokenizer["added_tokens"]}
+    wanted = ("<|system|>", "<|user|>", "<|end|>", "<|assistant|>")
+    assert controls == [ids[piece] for piece in wanted]
+
+
+async def test_each_end_of_a_model_from_elsewhere_ends_its_answer(elsewhere: OnnxBackend) -> None:
+    codec = elsewhere.engine.codec
+    assert codec is not None and len(codec.end_ids) == 2
+    for end in codec.end_ids:
+        Say(elsewhere, "Yes", end, "never said")
+        *rest, finished = await events_of(elsewhere)
+        assert text_of(rest) == "Yes"
+        assert isinstance(finished, Finished) and finished.reason == "stop"
+        elsewhere.close()
+
+
+async def test_what_a_template_refuses_is_the_callers_mistake(elsewhere: OnnxBackend) -> None:
+    with pytest.raises(InvalidRequest, match="say something"):
+        await events_of(elsewhere, [Message("user", "")])
+
+
+@pytest.mark.parametrize("words", [1, 40])
+async def test_what_a_template_adds_is_counted(elsewhere: OnnxBackend, words: int) -> None:
+    texts = ["where " * words, "there " * words, "and now? " * words]
+    talk = [Message("assistant" if at % 2 else "user", text) for at, text in enumerate(texts)]  # type: ignore[arg-type]
+    *_, finished = await events_of(elsewhere, talk, max_new_tokens=1)
+    counted = sum(elsewhere.count_tokens(text) for text in texts)
+    assert isinstance(finished, Finished)
+    assert finished.usage.input_tokens <= counted + 1024 - elsewhere.context_tokens()
+
+
+async def test_a_character_cut_by_the_limit_is_one_mark(make_onnx: MakeOnnx) -> None:
+    backend = make_onnx()
+    codec = backend.engine.codec
+    assert codec is not None
+    smile = codec.encode("🙂")
+    assert len(smile) == 4, "a token a byte"
+    Say(backend, "ok ", *smile[:3])
+    *rest, finished = await events_of(backend)
+    assert text_of(rest) == "ok \ufffd"
+    assert isinstance(finished, Finished) and finished.reason == "stop"
+    backend.close()
+    Say(backend, "ok ", *smile[:3])
+    assert text_of(await events_of(backend, stop=("ok",))) == ""
 
 
 # -- by alias ------------------------------------------------------------------------------------

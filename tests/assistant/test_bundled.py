@@ -39,7 +39,7 @@ def test_the_folder_is_whole_small_and_speaks_the_closed_sets() -> None:
     assert manifest.files["model.onnx"].bytes <= 16_000_000
     assert tuple(manifest.intents) == labels.INTENTS
     assert set(manifest.placeholders) == set(labels.PLACEHOLDERS) == set(facts.PLAIN_WORDS)
-    assert manifest.quant == "row8"
+    assert manifest.quant == "static8"
 
 
 def test_the_card_names_data_licences_figures_and_limits() -> None:

@@ -18,8 +18,10 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,6 +32,8 @@ from django.test import Client
 
 from assistant import backends
 from assistant.backends.echo import EchoBackend
+from assistant.benchmark.peers import Peer
+from assistant.benchmark.workloads import WORKLOADS
 from assistant.engine.manifest import Manifest
 from assistant.types import Delta, Event, Message, Params, Started
 from tests.conftest import ROOT, free_port
@@ -206,38 +210,88 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(monkeypatch: pytest.MonkeyPatch
 
 SMALL = ("--prompt-tokens", "8", "--new-tokens", "6", "--rounds", "2", "--threads", "1")
 BENCH_KEYS = {
-    "concurrency", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99",
-    "output_tokens_per_s", "cpu_s_per_1k_tokens", "peak_rss_mb",
+    "machine", "busy_before", "versions", "settings", "same_model", "engines", "rows", "goals",
+}  # fmt: skip
+BENCH_FIGURES = {
+    "ttft_ms_p50", "ttft_ms_p95", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "gap_ms_max",
+    "output_tokens_per_s", "cpu_s_per_1k_tokens", "peak_rss_mb", "others_cores",
 }  # fmt: skip
 
 
 def test_bench_prints_its_contract_as_json(tiny_model: Path) -> None:
-    written = said("bench", "--json", "--model", str(tiny_model), "--concurrency", "1,3", *SMALL)
+    written = said("bench", "--json", "--quick", "--repeats", "2", "--model", str(tiny_model))
     found = json.loads(written)
-    assert [row["concurrency"] for row in found["engine"]] == [1, 3]
-    for row in found["engine"]:
-        assert row.keys() == BENCH_KEYS
-        assert all(row[key] > 0 for key in BENCH_KEYS if "itl" not in key)
-        assert row["itl_ms_p50"] <= row["itl_ms_p99"], "0 where tokens arrived in one batch"
-        assert row["ttft_ms_p50"] <= row["ttft_ms_p99"]
-    assert found["model"] == str(tiny_model)
+    assert found.keys() == BENCH_KEYS
+    assert [row["label"] for row in found["rows"]] == [
+        "1 chat", "2 chats", "3 chats", "prompt 8", "prompt 24",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["figures"].keys() >= BENCH_FIGURES
+        for spread in row["figures"].values():
+            assert spread["low"] <= spread["median"] <= spread["high"]
+        assert row["figures"]["output_tokens_per_s"]["low"] > 0
+        bound = {"bound_ttft_ms"} if row["workload"] == "ttft" else {"bound_tokens_per_s"}
+        assert row["figures"].keys() >= {*bound, "of_bound"}
+    assert found["settings"]["model"] == str(tiny_model)
     assert "cores" in found["machine"]
+    assert found["versions"]["onnxruntime"]
+    assert found["goals"] == [], "tiny sizes judge nothing"
+
+
+def test_bench_runs_every_workload(tiny_model: Path) -> None:
+    written = said("bench", "--json", "--quick", "--workloads", "all", "--model", str(tiny_model))
+    rows = {row["workload"]: row for row in json.loads(written)["rows"]}
+    assert rows.keys() == set(WORKLOADS)
+    told = {name: set(row["figures"]) - BENCH_FIGURES for name, row in rows.items()}
+    assert told["intruder"] == {"intruder_gap_ms", "calm_gap_ms", "intruder_ttft_ms"}
+    assert {"offered_per_s", "refused_percent", "served_ttft_ms_p95"} <= told["overload"]
+    assert told["turns"] == {"turn_warm_ms", "turn_cold_ms", "turn_warm_over_cold"}
+    assert told["idle"] == {"idle_cpu_percent"}
+    assert "growth_mb" in told["growth"] and "prefix_shared_over_cold" in told["prefix"]
+    assert [level["chats"] for level in rows["readers"]["levels"]][:1] == [2]
 
 
 def test_bench_prints_a_table_for_the_model_in_use(
     tiny_settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    title, row, _, machine = said("bench", "--concurrency", "2", *SMALL).splitlines()
-    assert title.split()[0] == "chats" and row.split()[0] == "2"
-    assert len(row) == len(title)
-    assert "cores" in machine
-    assert capsys.readouterr().err == "measuring 2 chat(s) ...\n"
+    args = ("--workloads", "chats", "--concurrency", "2", "--repeats", "1", *SMALL)
+    title, row, *_, machine, conditions = said("bench", *args).splitlines()
+    assert title.split()[:2] == ["engine", "TTFT"] and row.split()[:3] == ["2", "chats", "ours"]
+    assert "cores" in machine and conditions.startswith("1 threads, medians of 1")
+    assert capsys.readouterr().err == "measuring 2 chats: ours (1 of 1) ...\n"
 
 
 def test_bench_has_room_for_more_chats_than_a_usual_queue(tiny_model: Path) -> None:
     many = ("--concurrency", "300", "--prompt-tokens", "150", "--new-tokens", "2", "--rounds", "1")
-    written = said("bench", "--json", "--model", str(tiny_model), *many)
-    assert json.loads(written)["engine"][0]["concurrency"] == 300
+    once = ("--workloads", "chats", "--repeats", "1", "--model", str(tiny_model))
+    (row,) = json.loads(said("bench", "--json", *many, *once))["rows"]
+    assert row["label"] == "300 chats"
+
+
+def test_bench_beside_rivals_keeps_going_when_they_do_not(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rival = Peer("tests.load.stand_in", ("works", "crashes", "missing"))
+    monkeypatch.setattr("assistant.benchmark.peers.CATALOGUE", {"rival": rival})
+    monkeypatch.setattr("assistant.benchmark.lineup.CATALOGUE", {"rival": rival})
+    settings.DATA_DIR = tmp_path
+    picture = tmp_path / "bars.png"
+    drawn = ("--plot", str(picture)) if find_spec("matplotlib") else ()
+    args = ("--random", "tiny", "--schemes", "row8", "--peers", "--quick")
+    found = json.loads(said("bench", "--json", "--workloads", "single,idle", *args, *drawn))
+    states = {engine["name"]: engine["status"] for engine in found["engines"]}
+    assert states == {
+        "ours row8": "ran", "rival works": "ran", "rival crashes": "crashed",
+        "rival missing": "not installed",
+    }  # fmt: skip
+    rows = [(row["workload"], row["engine"]) for row in found["rows"]]
+    assert rows == [("single", "ours row8"), ("single", "rival works"), ("idle", "ours row8")]
+    ours, theirs, _ = found["rows"]
+    assert ours["ratios"]["rival"] == pytest.approx(
+        ours["figures"]["output_tokens_per_s"]["median"] / 100, rel=0.01
+    )
+    assert theirs["ratios"] == {}
+    assert not drawn or picture.read_bytes().startswith(b"\x89PNG")
 
 
 BENCH_MISTAKES = {
@@ -245,9 +299,17 @@ BENCH_MISTAKES = {
     "no chats": (["--concurrency", "0"], "not a list such as 1,8,32"),
     "no rounds": (["--rounds", "0"], "start at 1"),
     "no prompt": (["--prompt-tokens", "-1"], "start at 1"),
+    "no repetition": (["--repeats", "0"], "start at 1"),
     "too long an answer": (["--new-tokens", "1020", "--rounds", "1"], "context is too small"),
     "too long a prompt": (["--prompt-tokens", "3000"], "context holds 1024"),
     "no model": (["--model", "nowhere"], "model.json is missing"),
+    "an unknown workload": (["--workloads", "fast"], "'fast' is no workload"),
+    "an unknown peer": (["--random", "tiny", "--peers", "vllm"], "'vllm' is no peer"),
+    "an unknown scheme": (["--random", "tiny", "--schemes", "fp8"], "'fp8' is no scheme"),
+    "an unknown shape": (["--random", "huge", "--schemes", "row8"], "No shape is called 'huge'"),
+    "peers without weights": (["--peers"], "needs --random NAME"),
+    "no interpreter": (["--peer-python", "genai=/none"], "/none is no interpreter"),
+    "another's interpreter": (["--peer-python", "vllm=/none"], "'vllm' is no peer"),
 }
 
 
@@ -255,7 +317,7 @@ BENCH_MISTAKES = {
 def test_bench_says_what_is_wrong(tiny_settings: Any, mistake: str) -> None:
     args, message = BENCH_MISTAKES[mistake]
     with pytest.raises(CommandError, match=message):
-        said("bench", "--json", "--concurrency", "1", *args)
+        said("bench", "--json", *args)
 
 
 # -- doctor --------------------------------------------------------------------------------------
@@ -453,7 +515,7 @@ def test_a_folder_is_no_dataset(tmp_path: Path, tiny_model: Path) -> None:
 def test_build_model_makes_a_random_model_that_answers(tmp_path: Path, settings: Any) -> None:
     said("build_model", "--random", "tiny", str(tmp_path / "made"), "--seed", "3")
     manifest = Manifest.load(tmp_path / "made")
-    assert (manifest.name, manifest.version, manifest.quant) == ("random-tiny", "seed-3", "row8")
+    assert (manifest.name, manifest.version, manifest.quant) == ("random-tiny", "seed-3", "static8")
     use_model(settings, tmp_path / "made")
     assert said("chat", "--once", "hello", "--backend", "model").strip()
 
@@ -464,6 +526,10 @@ BUILD_MISTAKES = {
     "an unknown shape": ["--random", "huge", "{tmp}/a"],
     "an unknown scheme": ["--random", "tiny", "{tmp}/a", "--quant", "int3"],
     "no checkpoint": ["{tmp}/a", "{tmp}/b"],
+    "a revision of a folder": ["{tmp}/a", "{tmp}/b", "--revision", "v1"],
+    "a bound for a folder": ["{tmp}/a", "{tmp}/b", "--max-download-gb", "1"],
+    "an export in 8 bits": ["{tmp}/a", "{tmp}/b", "--via", "optimum", "--quant", "row8"],
+    "an export of random weights": ["--random", "tiny", "{tmp}/a", "--via", "optimum"],
 }
 
 
@@ -474,6 +540,49 @@ def test_build_model_says_what_is_wrong_and_leaves_nothing(mistake: str, tmp_pat
         said("build_model", *args)
     assert len(str(error.value)) > 20
     assert list(tmp_path.iterdir()) == []
+
+
+def test_build_model_shows_an_example_of_every_source() -> None:
+    text = (
+        load_command_class("assistant", "build_model").create_parser("manage.py", "x").format_help()
+    )
+    examples = text.split("examples:")[1].split("quant:")[0]
+    for part in ("runs/", "HuggingFaceTB/", "--revision", "--via optimum", "--random", "--quant"):
+        assert part in examples, part
+
+
+class Exporter(ModuleType):
+    """Stands where the real one does; optimum may not be installed."""
+
+    missing = ""
+
+    def export(self, source: Path, out: Path, progress: Callable[[str], None]) -> None:
+        if self.missing:
+            raise ModuleNotFoundError(f"No module named {self.missing!r}", name=self.missing)
+        progress(f"exporting {source} to {out}")
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Exporter:
+    exporter = Exporter("assistant.modelkit.generic")
+    monkeypatch.setitem(sys.modules, exporter.__name__, exporter)
+    return exporter
+
+
+def test_build_model_hands_other_architectures_to_the_exporter(
+    exporter: Exporter, tmp_path: Path
+) -> None:
+    paths = (str(tmp_path / "source"), str(tmp_path / "out"))
+    written = said("build_model", *paths, "--via", "optimum")
+    assert written == "exporting {} to {}\n".format(*paths)
+
+
+def test_build_model_names_the_extra_that_the_exporter_needs(
+    exporter: Exporter, tmp_path: Path
+) -> None:
+    exporter.missing = "optimum"
+    with pytest.raises(CommandError, match=r'optimum is not installed.*"\.\[train\]"'):
+        said("build_model", str(tmp_path), str(tmp_path / "out"), "--via", "optimum")
 
 
 def test_issue_token_prints_a_working_token_and_nothing_else(ana: User) -> None:

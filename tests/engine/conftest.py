@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
 from assistant.engine import Engine, EngineConfig, Generation
-from assistant.engine.runner import Batch
+from assistant.engine.runner import Batch, Saved
 from assistant.engine.sampling import Floats
 from assistant.engine.text import Codec
 from assistant.engine.worker import Loaded
 from assistant.modelkit.build import build_random
 
 PATIENCE_S = 20.0
+
+# The same examples on every machine and none remembered; a slow machine is no failure.
+hypothesis.settings.register_profile("engine", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("engine")
 
 
 class FakeRunner:
@@ -29,7 +34,10 @@ class FakeRunner:
 
     def __init__(self, vocab_size: int = 64) -> None:
         self.vocab_size = vocab_size
+        self.token_bytes = 8
         self.batches: list[Batch] = []
+        #: (source, target, tokens) of each copy between slots.
+        self.copies: list[tuple[int, int, int]] = []
         self.fault: BaseException | None = None
         self.poison: int | None = None
         self.closed = False
@@ -80,6 +88,27 @@ class FakeRunner:
                 row = self.logprobs(context)
                 rows.append(np.full_like(row, np.nan) if self.poison in context else row)
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.copies.append((source, target, tokens))
+        self._contexts[target] = self._held(source, tokens)
+
+    def save(self, slot: int, start: int, stop: int) -> Saved:
+        return (np.array(self._held(slot, stop)[start:], np.int64),)
+
+    def load(self, slot: int, start: int, saved: Saved, tokens: int) -> None:
+        before = self._contexts.get(slot, [])[:start]
+        assert len(before) == start and tokens <= len(saved[0])
+        self._contexts[slot] = before + saved[0][:tokens].tolist()
+
+    def held(self, slot: int) -> list[int]:
+        """The tokens whose keys and values a real slot would hold."""
+        return list(self._contexts.get(slot, []))
+
+    def _held(self, slot: int, tokens: int) -> list[int]:
+        held = self.held(slot)[:tokens]
+        assert len(held) == tokens, "a copy takes tokens that were never run"
+        return held
 
     def pause(self) -> None:
         self._paused = True
@@ -143,9 +172,10 @@ def ids(generation: Generation) -> list[int]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models with seeded random weights, by quantisation."""
     root = tmp_path_factory.mktemp("models")
-    for quant in ("fp32", "row8"):
+    quants = ("fp32", "row8", "static8")
+    for quant in quants:
         build_random("tiny", root / quant, quant=quant, seed=0)
-    return {quant: root / quant for quant in ("fp32", "row8")}
+    return {quant: root / quant for quant in quants}
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from django.core.management import CommandError, call_command
 from assistant.engine.manifest import Manifest, ManifestError
 from assistant.engine.text import ChatTurn, Codec, Slot
 from assistant.modelkit import build as building
-from assistant.modelkit.build import BuildError, build, build_random
+from assistant.modelkit.build import BuildError, UnfitScheme, build, build_for, build_random
 from assistant.modelkit.checkpoint import (
     SHAPES,
     Checkpoint,
@@ -28,7 +28,7 @@ from assistant.modelkit.checkpoint import (
 )
 from assistant.modelkit.graph import build_graph
 from assistant.modelkit.quality import Batch, Floor, generate, open_session
-from assistant.modelkit.quantise import scheme
+from assistant.modelkit.quantise import Measured, scheme
 
 TINY = SHAPES["tiny"]
 FAMILIES = {
@@ -102,6 +102,22 @@ def session(checkpoint: Checkpoint, quant: str = "fp32", context_tokens: int = 1
     return open_session(model.SerializeToString())
 
 
+def flat(shape: ModelShape) -> Measured:
+    """As if every activation had been 1 at most."""
+    widths = {
+        "qkv": shape.hidden_size,
+        "o": shape.query_width,
+        "gate": shape.hidden_size,
+        "down": shape.intermediate_size,
+    }
+    peaks = {
+        f"layer_{layer}.{name}": np.ones(width, np.float32)
+        for layer in range(shape.num_hidden_layers)
+        for name, width in widths.items()
+    }
+    return Measured.of(peaks | {"embed": np.ones(shape.hidden_size, np.float32)}, {})
+
+
 def some_tokens(seed: int, count: int, vocab: int = TINY.vocab_size) -> list[int]:
     return np.random.default_rng(seed).integers(20, vocab, count).tolist()
 
@@ -159,7 +175,7 @@ def test_only_sampled_rows_are_computed_and_none_is_allowed(
 ) -> None:
     tokens = some_tokens(6, 10)
     batch = Batch(tiny_session, TINY, 1, 32)
-    inputs = batch._inputs([tokens], np.array([10], np.int32))
+    inputs = batch._inputs([tokens], np.array([10], np.int32), every=False)
     inputs |= {f"past_{name}": value for name, value in batch.cache.items()}
     wanted = reference(tiny, tokens)
     for sample in ([7], [9, 2, 2], []):
@@ -173,7 +189,7 @@ def test_pooled_is_the_normed_state_that_the_head_reads(
     tiny: Checkpoint, tiny_session: Any
 ) -> None:
     batch = Batch(tiny_session, TINY, 1, 32)
-    inputs = batch._inputs([some_tokens(7, 5)], np.array([5], np.int32))
+    inputs = batch._inputs([some_tokens(7, 5)], np.array([5], np.int32), every=False)
     inputs |= {f"past_{name}": value for name, value in batch.cache.items()}
     inputs["sample"] = np.array([4], np.int64)
     logprobs, pooled = tiny_session.run(["logprobs", "pooled"], inputs)
@@ -190,11 +206,73 @@ def test_a_cache_longer_than_the_context_is_accepted(tiny: Checkpoint) -> None:
     np.testing.assert_allclose(found, reference(tiny, tokens)[-1:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("quant", "most"), [("fp32", 115), ("int4", 130), ("row8", 300)])
+@pytest.mark.parametrize(
+    ("quant", "most"), [("fp32", 90), ("int4", 100), ("static8", 130), ("row8", 270)]
+)
 def test_eight_layers_take_few_nodes(quant: str, most: int, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, replace(TINY, num_hidden_layers=8))
-    model = build_graph(checkpoint, scheme(quant), context_tokens=64)
+    model = build_graph(checkpoint, scheme(quant, flat(checkpoint.shape)), context_tokens=64)
     assert len(model.graph.node) <= most
+
+
+def test_rows_come_in_a_rectangle_and_nothing_between_the_layers_turns_it(
+    tiny: Checkpoint,
+) -> None:
+    model = build_graph(tiny, scheme("fp32"), context_tokens=64)
+    sizes = {
+        one.name: [axis.dim_param or axis.dim_value for axis in one.type.tensor_type.shape.dim]
+        for one in model.graph.input
+    }
+    assert sizes["input_ids"] == ["B", "S"]
+    assert sizes["seqlens_k"] == sizes["query_seqlens"] == ["B"]
+    assert (sizes["sample"], sizes["total_length"]) == (["R"], [])
+    assert sizes["past_k_1"] == ["B", TINY.num_key_value_heads, "capacity", TINY.head_dim]
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Gather") == 3, "the embedding, and twice the sampled rows"
+    assert not {"Transpose", "ScatterND", "GatherND", "Pad"} & set(kinds)
+
+
+def decoded(session: Any, prompt: list[int], width: int) -> np.ndarray:
+    """Log-probabilities of one token after ``prompt``, in a rectangle of ``width`` columns."""
+    batch = Batch(session, TINY, 1, 64)
+    batch.step([prompt])
+    counts = np.array([1], np.int32)
+    inputs = batch._inputs([[30]], counts, every=False)
+    inputs["input_ids"] = np.pad([[30]], ((0, 0), (0, width - 1)), constant_values=77)
+    inputs["sample"] = np.array([0], np.int64)
+    inputs |= {f"past_{name}": value for name, value in batch.cache.items()}
+    (found,) = session.run(["logprobs"], inputs)
+    return np.array(found[0])
+
+
+def test_padding_is_never_read(tiny_session: Any) -> None:
+    for seed in range(8):
+        prompt = some_tokens(seed, 9 + seed)
+        alone = decoded(tiny_session, prompt, 1)
+        for width in (2, 3, 20):
+            np.testing.assert_allclose(
+                decoded(tiny_session, prompt, width), alone, atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("quant", ["row8", "static8"])
+def test_how_a_prompt_is_cut_never_shows_while_no_token_is_left_alone(
+    quant: str, tiny: Checkpoint
+) -> None:
+    """What the runner relies on: every cut into chunks of two or more gives the same bits."""
+    model = build_graph(tiny, scheme(quant, flat(TINY)), context_tokens=128)
+    opened = open_session(model.SerializeToString())
+    rng = np.random.default_rng(9)
+    for _ in range(25):
+        tokens = some_tokens(int(rng.integers(1000)), int(rng.integers(4, 40)))
+        whole = Batch(opened, TINY, 1, 80).step([tokens], every=True)
+        batch, parts, done = Batch(opened, TINY, 1, 80), [], 0
+        while done < len(tokens):
+            size = int(rng.integers(2, 9))
+            size += len(tokens) - done - size == 1
+            parts.append(batch.step([tokens[done : done + size]], every=True))
+            done += size
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 @pytest.mark.train
@@ -248,7 +326,7 @@ def test_weights_are_read_in_every_float_format(kind: str, tmp_path: Path) -> No
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2"),
         ({"intermediate_size": 128}, "has shape"),
-        ({"attention_bias": True}, "attention_bias is set"),
+        ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
         ({"quantization_config": {"bits": 4}}, "quantised already"),
     ],
 )
@@ -321,7 +399,7 @@ def test_a_built_folder_loads_in_the_engine_and_keeps_the_details(tmp_path: Path
     assert manifest.intents == own["intents"]
     assert manifest.scope == (5, 6)
     assert manifest.quality["intents"] == 0.9
-    assert manifest.quality["quantised"]["prompts"] == 24
+    assert manifest.quality["quantised"]["prompts"] == 12, "every second question"
     codec = Codec.load(out, manifest)
     prompt = codec.encode_chat([ChatTurn("user", ("cancel ", Slot("Order Number")))])
     assert prompt[-2:] == [manifest.placeholders["Order Number"], 4]
@@ -344,19 +422,63 @@ def _trained(directory: Path) -> None:
     path.write_text(json.dumps(own))
 
 
+@pytest.mark.parametrize("quant", ["row8", "static8", "int4"])
 def test_trained_weights_below_the_floor_are_refused_and_the_old_build_stays(
-    tmp_path: Path,
+    quant: str, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     _trained(source)
     build(source, out, "fp32")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(BuildError, match="falls below its floor"):
-        build(source, out, "row8", floor=Floor(1.01, 1.0))
+    with pytest.raises(UnfitScheme, match=f"The {quant} build falls below its floor"):
+        build(source, out, quant, floor=Floor(1.01, 1.0))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    manifest = build(source, out, "row8", floor=Floor(0.0, 9.0))
-    assert manifest.quality["quantised"]["floor"]["greedy_agreement"] == 0.0
+    manifest = build(source, out, quant, floor=Floor(0.0, 9.0))
+    figures = manifest.quality["quantised"]
+    assert figures["measured"] and figures["floor"]["greedy_agreement"] == 0.0
+    assert 0 < figures["greedy_agreement"] <= 1 and figures["perplexity_ratio"] > 0
     assert Manifest.load(out) == manifest
+
+
+def test_a_profile_falls_back_where_its_first_scheme_will_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, lines = tmp_path / "source", list[str]()
+    _trained(source)
+    floors = dict.fromkeys(building.FLOORS, Floor(0.0, 9.0))
+    monkeypatch.setattr(building, "FLOORS", floors)
+    assert build_for("throughput", source, tmp_path / "a").quant == "static8"
+    monkeypatch.setattr(building, "FLOORS", floors | {"static8": Floor(1.01, 1.0)})
+    assert build_for("throughput", source, tmp_path / "b", lines.append).quant == "row8"
+    assert any("static8 build falls below its floor" in line for line in lines)
+    monkeypatch.setattr(building, "FLOORS", dict.fromkeys(floors, Floor(1.01, 1.0)))
+    with pytest.raises(UnfitScheme, match="The row8 build"):
+        build_for("latency", source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_static8_is_measured_on_other_prompts_than_it_is_judged_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random("tiny", tmp_path / "source")
+    seen: dict[str, list[list[int]]] = {}
+
+    def spy(name: str, at: int) -> None:
+        real = getattr(building, name)
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            seen[name] = [list(prompt) for prompt in args[at]]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(building, name, spied)
+
+    spy("measure_peaks", 2)
+    spy("compare", 3)
+    prompts = [some_tokens(seed, 6) for seed in range(5)]
+    build(tmp_path / "source", tmp_path / "out", "static8", prompts=prompts)
+    assert seen == {"measure_peaks": prompts[0::2], "compare": prompts[1::2]}
+    build(tmp_path / "source", tmp_path / "out", "static8", prompts=prompts[:1])
+    assert seen == {"measure_peaks": prompts[:1], "compare": prompts[:1]}, "one has to do for both"
 
 
 def test_a_build_cut_short_never_leaves_a_folder_that_loads_wrongly(
@@ -384,7 +506,7 @@ def test_prompts_may_be_passed_and_must_fit(tmp_path: Path) -> None:
     write_random("tiny", tmp_path / "source")
     prompts = [some_tokens(seed, 6) for seed in range(3)]
     manifest = build(tmp_path / "source", tmp_path / "out", prompts=prompts)
-    assert manifest.quality["quantised"]["prompts"] == 3
+    assert manifest.quality["quantised"]["prompts"] == 1, "every second one"
     with pytest.raises(BuildError, match="fits"):
         build(tmp_path / "source", tmp_path / "out", prompts=[[20] * 1020])
 
@@ -426,7 +548,7 @@ def test_the_command_builds_random_and_stored_checkpoints(tmp_path: Path) -> Non
     write_random("tiny", tmp_path / "source")
     call_command("build_model", str(tmp_path / "source"), str(tmp_path / "b"), stdout=out)
     assert Manifest.load(tmp_path / "a").quant == "fp32"
-    assert Manifest.load(tmp_path / "b").quant == "row8"
+    assert Manifest.load(tmp_path / "b").quant == "static8"
 
 
 @pytest.mark.parametrize(
@@ -437,7 +559,7 @@ def test_the_command_builds_random_and_stored_checkpoints(tmp_path: Path) -> Non
         (["a", "b"], {"random": "tiny"}, "takes one path"),
         (["out"], {"random": "huge"}, "Known: tiny"),
         (["out"], {"random": "tiny", "quant": "dynamic"}, "dynamic is refused"),
-        (["a", "b"], {"via": "optimum"}, "later version"),
+        (["a", "b"], {"via": "optimum"}, "config.json is missing"),
     ],
 )
 def test_the_command_explains_what_it_cannot_do(

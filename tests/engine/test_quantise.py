@@ -1,4 +1,4 @@
-"""row8 and int4: close to fp32, and an answer that no neighbour can change."""
+"""static8, row8 and int4: close to fp32, and an answer that no neighbour can change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ import pytest
 
 from assistant.modelkit.checkpoint import SHAPES, Checkpoint, ModelShape, write_checkpoint
 from assistant.modelkit.graph import Scheme, Weight, Writer, build_graph
-from assistant.modelkit.quality import Batch, Floor, Quality, compare, generate, open_session
+from assistant.modelkit.quality import (
+    Batch,
+    Floor,
+    Quality,
+    compare,
+    generate,
+    measure_peaks,
+    open_session,
+)
 from assistant.modelkit.quantise import (
     SCHEMES,
     Int4,
+    Measured,
     QuantError,
     Row8,
+    Static8,
+    Tapped,
     quantise_blocks,
     quantise_rows,
     scheme,
@@ -32,12 +43,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def sessions(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {quant: _session(checkpoint, quant) for quant in SCHEMES}
+def tapped(checkpoint: Checkpoint) -> Any:
+    return open_session(build_graph(checkpoint, Tapped, context_tokens=128).SerializeToString())
 
 
-def _session(checkpoint: Checkpoint, quant: str) -> Any:
-    model = build_graph(checkpoint, scheme(quant), context_tokens=128)
+@pytest.fixture(scope="module")
+def measured(checkpoint: Checkpoint, tapped: Any) -> Measured:
+    prompts = _prompts(np.random.default_rng(0), 24)
+    return Measured.of(measure_peaks(tapped, SHAPE, prompts), _downs(checkpoint))
+
+
+def _downs(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    return {
+        f"layer_{layer}.down": checkpoint.tensor(f"model.layers.{layer}.mlp.down_proj.weight")
+        for layer in range(checkpoint.shape.num_hidden_layers)
+    }
+
+
+@pytest.fixture(scope="module")
+def sessions(checkpoint: Checkpoint, measured: Measured) -> dict[str, Any]:
+    return {quant: _session(checkpoint, quant, measured) for quant in SCHEMES}
+
+
+def _session(checkpoint: Checkpoint, quant: str, measured: Measured | None = None) -> Any:
+    model = build_graph(checkpoint, scheme(quant, measured), context_tokens=128)
     return open_session(model.SerializeToString())
 
 
@@ -78,38 +107,56 @@ def _in_company(session: Any, rng: np.random.Generator, prompts: list[list[int]]
     return [np.array(rows) for rows in seen]
 
 
-def test_row8_alone_equals_row8_in_any_batch_bit_for_bit(sessions: dict[str, Any]) -> None:
+@pytest.mark.parametrize("quant", ["row8", "static8"])
+def test_alone_equals_in_any_batch_bit_for_bit(quant: str, sessions: dict[str, Any]) -> None:
     rng = np.random.default_rng(1)
     for _ in range(25):
         prompts = _prompts(rng, int(rng.integers(2, 9)))
-        for prompt, found in zip(prompts, _in_company(sessions["row8"], rng, prompts), strict=True):
-            batch = Batch(sessions["row8"], SHAPE, 1, 64)
+        together = _in_company(sessions[quant], rng, prompts)
+        for prompt, found in zip(prompts, together, strict=True):
+            batch = Batch(sessions[quant], SHAPE, 1, 64)
             alone = [batch.step([prompt])[0].copy()]
             while len(alone) < 6:
                 alone.append(batch.step([[int(alone[-1].argmax())]])[0].copy())
             np.testing.assert_array_equal(found, np.array(alone))
 
 
-def test_row8_greedy_ids_do_not_depend_on_the_batch(sessions: dict[str, Any]) -> None:
+@pytest.mark.parametrize("quant", ["row8", "static8"])
+def test_greedy_ids_do_not_depend_on_the_batch(quant: str, sessions: dict[str, Any]) -> None:
     rng = np.random.default_rng(2)
     prompts = _prompts(rng, 48)
-    together = generate(sessions["row8"], SHAPE, prompts, 16)
+    together = generate(sessions[quant], SHAPE, prompts, 16)
     for prompt, ids in zip(prompts, together, strict=True):
-        np.testing.assert_array_equal(generate(sessions["row8"], SHAPE, [prompt], 16)[0], ids)
+        np.testing.assert_array_equal(generate(sessions[quant], SHAPE, [prompt], 16)[0], ids)
 
 
-def test_an_outlier_beside_a_row_does_not_move_it(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("quant", ["row8", "static8"])
+def test_an_outlier_beside_a_row_does_not_move_it(quant: str, checkpoint: Checkpoint) -> None:
     """The reason why one scale for the whole batch is refused, on a single product."""
     calm = np.random.default_rng(3).standard_normal((4, 160)).astype(np.float32)
     wild = np.concatenate([calm, np.full((1, 160), 1e4, np.float32)])
-    run = _product(checkpoint.tensor("model.layers.0.mlp.up_proj.weight"))
+    kind = _static(3.0) if quant == "static8" else Row8
+    run = _product(checkpoint.tensor("model.layers.0.mlp.up_proj.weight"), kind)
     np.testing.assert_array_equal(run(wild)[:4], run(calm))
+
+
+def test_no_scale_of_static8_is_computed_while_it_runs(
+    checkpoint: Checkpoint, measured: Measured
+) -> None:
+    model = build_graph(checkpoint, scheme("static8", measured), context_tokens=64)
+    constants = {one.name for one in model.graph.initializer}
+    kinds = {node.op_type for node in model.graph.node}
+    assert not kinds & {"ReduceMax", "Abs", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
+    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 5 * SHAPE.num_hidden_layers + 1
+    for node in products:
+        assert set(node.input[1:5]) <= constants, "weights, both scales and the zero point"
 
 
 # --- Closeness ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quant", "most"), [("row8", 0.06), ("int4", 0.40)])
+@pytest.mark.parametrize(("quant", "most"), [("row8", 0.06), ("static8", 0.12), ("int4", 0.40)])
 def test_a_quantised_build_stays_close_to_fp32(
     quant: str, most: float, sessions: dict[str, Any]
 ) -> None:
@@ -123,7 +170,7 @@ def test_a_quantised_build_stays_close_to_fp32(
 
 def test_a_build_compared_with_itself_is_perfect(sessions: dict[str, Any]) -> None:
     prompts = _prompts(np.random.default_rng(5), 20)
-    quality = compare(sessions["row8"], sessions["row8"], SHAPE, prompts)
+    quality = compare(sessions["static8"], sessions["static8"], SHAPE, prompts)
     assert quality == Quality(20, 16, 1.0, 1.0, 1.0, 1.0)
     assert quality.meets(Floor(1.0, 1.0))
 
@@ -148,26 +195,156 @@ def test_what_follows_the_end_token_is_not_judged(sessions: dict[str, Any]) -> N
     assert 0 < whole.greedy_agreement < 1
 
 
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def test_the_graph_that_measures_writes_what_fp32_writes(
+    sessions: dict[str, Any], tapped: Any
+) -> None:
+    tokens = np.random.default_rng(14).integers(20, 700, 40).tolist()
+    found, right = (
+        Batch(session, SHAPE, 1, 64).step([tokens], every=True)
+        for session in (tapped, sessions["fp32"])
+    )
+    np.testing.assert_allclose(found, right, atol=1e-5, rtol=0)
+    assert generate(tapped, SHAPE, [tokens], 16).tolist() == (
+        generate(sessions["fp32"], SHAPE, [tokens], 16).tolist()
+    )
+
+
+def test_peaks_are_the_largest_sizes_of_what_enters_each_matrix(
+    checkpoint: Checkpoint, tapped: Any
+) -> None:
+    prompts = _prompts(np.random.default_rng(15), 5)
+    peaks = measure_peaks(tapped, SHAPE, prompts, tokens=4)
+    layers = range(SHAPE.num_hidden_layers)
+    names = {f"layer_{layer}.{name}" for layer in layers for name in ("qkv", "o", "gate", "down")}
+    assert peaks.keys() == names | {"embed"}
+    answers = generate(tapped, SHAPE, prompts, 4).tolist()
+    seen = [token for prompt, answer in zip(prompts, answers, strict=True) for token in
+            (*prompt, *answer)]  # fmt: skip
+    x = checkpoint.embedding[seen].astype(np.float64)
+    x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + SHAPE.rms_norm_eps)
+    x *= checkpoint.tensor("model.layers.0.input_layernorm.weight")
+    np.testing.assert_allclose(peaks["layer_0.qkv"], np.abs(x).max(axis=0), rtol=1e-4)
+    assert [len(peaks[f"layer_1.{name}"]) for name in ("o", "down")] == [160, 288]
+
+
+def test_peaks_of_several_prompts_are_the_largest_of_each(tapped: Any) -> None:
+    prompts = _prompts(np.random.default_rng(16), 3)
+    together = measure_peaks(tapped, SHAPE, prompts, tokens=3)
+    alone = [measure_peaks(tapped, SHAPE, [prompt], tokens=3) for prompt in prompts]
+    for name, peaks in together.items():
+        np.testing.assert_allclose(peaks, np.max([one[name] for one in alone], axis=0), rtol=1e-3)
+
+
+def test_outliers_before_down_are_shared_with_its_weights() -> None:
+    rng = np.random.default_rng(17)
+    down = rng.standard_normal((6, 8)).astype(np.float32)
+    channels = np.abs(rng.standard_normal(8)).astype(np.float32) + 1
+    channels[3] = 500
+    found = Measured.of({"layer_0.down": channels, "layer_0.o": channels}, {"layer_0.down": down})
+    balance = found.balance["layer_0.down"]
+    np.testing.assert_allclose(balance, channels**0.7 / np.abs(down).max(axis=0) ** 0.3, rtol=1e-5)
+    assert found.peaks["layer_0.o"] == 500
+    assert found.peaks["layer_0.down"] == pytest.approx((channels / balance).max())
+    spread = channels / balance
+    assert spread.max() / np.median(spread) < 0.1 * channels.max() / np.median(channels)
+
+
+def test_channels_that_were_always_zero_still_have_a_scale() -> None:
+    found = Measured.of({"layer_0.down": np.zeros(4, np.float32)}, {"layer_0.down": np.eye(4)})
+    assert np.isfinite(found.balance["layer_0.down"]).all()
+    assert (found.balance["layer_0.down"] > 0).all()
+    product = _product(np.eye(4, dtype=np.float32), lambda w: Static8(w, Measured({"w": 0.0}, {})))
+    assert np.isfinite(product(np.ones((2, 4), np.float32))).all()
+
+
+def test_static8_without_measurements_is_refused() -> None:
+    with pytest.raises(QuantError, match="static8 needs measured peaks"):
+        scheme("static8")
+
+
 # --- The pieces -----------------------------------------------------------------------------------
 
 
 def _product(weight: np.ndarray, kind: Callable[[Writer], Scheme] = Row8) -> Any:
     """The scheme's product with one weight, as a function."""
-    from onnx import TensorProto, helper
-
     writer = Writer()
     (name,) = kind(writer).matmuls("x", Weight("w", weight))
+    return _runs(writer, name, weight.shape[1], weight.shape[0])
+
+
+def _up_and_down(up: np.ndarray, down: np.ndarray, measured: Measured) -> Any:
+    """``up`` and then ``down`` in static8, as a function."""
+    writer = Writer()
+    kind = Static8(writer, measured)
+    (wide,) = kind.matmuls("x", Weight("layer_0.up", up))
+    (name,) = kind.matmuls(wide, Weight("layer_0.down", down))
+    return _runs(writer, name, up.shape[1], down.shape[0])
+
+
+def _runs(writer: Writer, name: str, width: int, out: int) -> Any:
+    """The graph from ``x`` to ``name``, as a function."""
+    from onnx import TensorProto, helper
+
     graph = helper.make_graph(
         writer.nodes,
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", weight.shape[1]])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", weight.shape[0]])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", width])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", out])],
         list(writer.constants.values()),
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = open_session(model.SerializeToString())
     return lambda x: session.run(None, {"x": x})[0]
+
+
+def _static(peak: float) -> Callable[[Writer], Scheme]:
+    """static8 for the single matrix ``w``, whose inputs were at most ``peak``."""
+    return lambda writer: Static8(writer, Measured({"w": peak}, {}))
+
+
+def test_static8_multiplies_as_plain_integers_say() -> None:
+    rng = np.random.default_rng(18)
+    weight = rng.standard_normal((33, 70)).astype(np.float32)
+    x = rng.standard_normal((9, 70)).astype(np.float32)
+    values, scales = quantise_rows(weight)
+    step = np.float32(4 / 127)
+    small = np.clip(np.rint(x / step), -128, 127).astype(np.int64)
+    wanted = (small @ values.T.astype(np.int64)) * (scales * step)
+    found = _product(weight, _static(4.0))(x)
+    # A value that lies on the edge of a step may fall to either side: one step of one input.
+    np.testing.assert_allclose(found, wanted, atol=0.15, rtol=0)
+    assert np.median(np.abs(found - wanted)) < 1e-5
+
+
+def test_activations_larger_than_ever_measured_are_cut_off_there() -> None:
+    rng = np.random.default_rng(19)
+    weight = rng.standard_normal((12, 40)).astype(np.float32)
+    x = rng.standard_normal((5, 40)).astype(np.float32)
+    x[2, 7], x[3, 8] = 1000.0, -1000.0
+    run = _product(weight, _static(2.0))
+    limit = np.float32(2 / 127)
+    np.testing.assert_array_equal(run(x), run(np.clip(x, -128 * limit, 127 * limit)))
+
+
+def test_weights_that_take_over_an_outlier_cost_the_others_less() -> None:
+    rng = np.random.default_rng(20)
+    up, down = (rng.standard_normal(size).astype(np.float32) for size in ((48, 40), (40, 48)))
+    up[5] *= 300  # one channel is out of all proportion, and small weights undo it
+    down[:, 5] /= 300
+    x = rng.standard_normal((64, 40)).astype(np.float32)
+    wide = x @ up.T
+    peaks = {"layer_0.up": np.abs(x).max(axis=0), "layer_0.down": np.abs(wide).max(axis=0)}
+    plain = Measured({name: float(peak.max()) for name, peak in peaks.items()}, {})
+    errors = []
+    for how in (plain, Measured.of(peaks, {"layer_0.down": down})):
+        found, right = _up_and_down(up, down, how)(x), wide @ down.T
+        errors.append(float(np.sqrt(((found - right) ** 2).mean() / right.var())))
+    assert errors[0] > 0.2
+    assert errors[1] < 0.05
 
 
 def test_row8_multiplies_as_plain_integers_say() -> None:
@@ -228,12 +405,13 @@ def test_int4_multiplies_with_the_weights_it_stored() -> None:
     assert error < 0.15
 
 
-def test_one_int8_matrix_serves_embedding_and_head(tmp_path: Path) -> None:
-    for quant in ("row8", "int4"):
-        checkpoint = write_checkpoint(tmp_path / quant, SHAPE)
-        model = build_graph(checkpoint, scheme(quant), context_tokens=64)
-        large = [tensor for tensor in model.graph.initializer if 700 in tensor.dims]
-        assert sorted(list(tensor.dims) for tensor in large) == [[160, 700], [700]]
+@pytest.mark.parametrize("quant", ["static8", "row8", "int4"])
+def test_one_int8_matrix_serves_embedding_and_head(
+    quant: str, checkpoint: Checkpoint, measured: Measured
+) -> None:
+    model = build_graph(checkpoint, scheme(quant, measured), context_tokens=64)
+    large = {one.name: list(one.dims) for one in model.graph.initializer if 700 in one.dims}
+    assert [size for size in large.values() if min(size) > 1 and len(size) > 1] == [[160, 700]]
 
 
 def test_the_shape_that_ships_takes_nine_megabytes(tmp_path: Path) -> None:
@@ -245,5 +423,5 @@ def test_the_shape_that_ships_takes_nine_megabytes(tmp_path: Path) -> None:
 def test_dynamic_is_refused_with_the_reason() -> None:
     with pytest.raises(QuantError, match="one activation scale for the whole batch"):
         scheme("dynamic")
-    with pytest.raises(QuantError, match="Known: row8, int4, fp32"):
+    with pytest.raises(QuantError, match="Known: static8, row8, int4, fp32"):
         scheme("int2")

@@ -81,7 +81,9 @@ class Command(BaseCommand):
 
         from assistant.facts import known_facts
 
-        params = Params(max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"], facts=known_facts())
+        params = Params(
+            max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"], scope="chat", facts=known_facts()
+        )
         stream: Any = self._backend.stream(messages, params)
         async with aclosing(stream) as events:
             async for event in events:

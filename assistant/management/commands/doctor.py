@@ -154,6 +154,11 @@ def _model() -> Finding:
     assert manifest is not None
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     took = time.perf_counter() - began
+    if manifest.runner == "plain":
+        return Finding(
+            "model", "note", f"{manifest.name} runs on the plain runner, the slow one",
+            "a Llama, Mistral or Qwen checkpoint can be built for speed: manage.py build_model",
+        )  # fmt: skip
     return Finding(
         "model", "ok",
         f"{manifest.name} {manifest.version}, {manifest.quant}, {size:.1f} MB, "

@@ -1,0 +1,49 @@
+"""What this process may use of the machine: cores and memory, as a container sees them.
+
+Reads affinity, control groups and physical memory; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def cores(groups: Path = _GROUPS) -> int:
+    """Cores that this process may run on at once, at least one."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota(groups))))
+
+
+def memory_bytes(groups: Path = _GROUPS) -> int:
+    """Memory that this process may fill."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (_number(groups / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    return min(physical, *(int(limit) for limit in limits if limit is not None), physical)
+
+
+def _quota(groups: Path) -> float:
+    """Cores' worth of time that the control group grants; infinite where it sets no bound."""
+    try:  # version 2: "200000 100000", or "max 100000"
+        share, period = (groups / "cpu.max").read_text().split()
+        return math.inf if share == "max" else int(share) / int(period)
+    except (OSError, ValueError):
+        pass
+    share_v1 = _number(groups / "cpu/cpu.cfs_quota_us")
+    period_v1 = _number(groups / "cpu/cpu.cfs_period_us")
+    if not share_v1 or not period_v1 or share_v1 < 0:  # -1: no bound
+        return math.inf
+    return share_v1 / period_v1
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
