@@ -295,12 +295,17 @@ def _is_dev(row: dict[str, Any]) -> bool:
 def _written_rows() -> list[_Row]:
     rows = [
         _Row(row["text"], row["intent"], "written")
-        for name in ("natural_a", "natural_b")
+        for name in ("natural_a", "natural_b", "natural_c", "natural_d")
         for row in written(name)
     ]
+    rows += [_Row(row["text"], row["intent"], "rude") for row in written("rude")]
     rows += [_Row(row["text"], row["intent"], "plain") for row in written("plain")]
     rows += [_Row(row["text"], row["intent"], "talk") for row in written("smalltalk")]
-    rows += [_Row(row["text"], OUT_OF_SCOPE, "written_out") for row in written("out_of_scope")]
+    rows += [
+        _Row(row["text"], OUT_OF_SCOPE, "written_out")
+        for name in ("out_of_scope", "out_of_scope_b")
+        for row in written(name)
+    ]
     return rows
 
 
@@ -323,7 +328,7 @@ def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corp
         seen.add(key)
         corpus.labelled.append(Sample((Turn(row.text, row.label),), row.group))
     corpus.dev = {name: [(row.text, row.label) for row in rows] for name, rows in dev.items()}
-    corpus.dialogues = _dialogues()
+    corpus.dialogues = _dialogues(held)
     corpus.unlabelled = _unlabelled(data, held, seen)
     corpus.report = _report(corpus, data, seed)
     return corpus
@@ -337,14 +342,18 @@ def _questions(files: Sequence[Path]) -> list[str]:
     ]
 
 
-def _dialogues() -> list[Sample]:
-    """One sample for every user turn of a written dialogue, with the turns before it."""
+def _dialogues(held: HeldOut) -> list[Sample]:
+    """One sample for every user turn of a written dialogue, with the turns before it.
+
+    An opening that stands in an evaluation is left out; a later turn has a history of its own.
+    """
     samples = []
-    for row in written("dialogues"):
+    for row in [*written("dialogues"), *written("dialogues_b")]:
         turns: list[Turn] = []
         for user, assistant in zip(row["turns"][::2], row["turns"][1::2], strict=True):
             turns.append(Turn(user["text"], user["intent"], assistant["text"]))
-            samples.append(Sample(tuple(turns), "dialogue"))
+            if len(turns) > 1 or user["text"] not in held:
+                samples.append(Sample(tuple(turns), "dialogue"))
     return samples
 
 

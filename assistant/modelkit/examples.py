@@ -42,14 +42,15 @@ class TrainConfig:
     unlabelled: tuple[float, float] = (0.6, 0.1)
     #: How often each source is drawn among the labelled rows.
     mix: tuple[tuple[str, float], ...] = (
-        ("bitext", 0.27),
+        ("bitext", 0.20),
         ("natural", 0.08),
-        ("written", 0.24),
-        ("plain", 0.06),
-        ("out", 0.16),
-        ("written_out", 0.05),
-        ("talk", 0.06),
-        ("dialogue", 0.08),
+        ("written", 0.30),
+        ("rude", 0.03),
+        ("plain", 0.05),
+        ("out", 0.13),
+        ("written_out", 0.06),
+        ("talk", 0.05),
+        ("dialogue", 0.10),
     )
     answered: float = 0.45
     checkpoint_every_s: float = 120.0

@@ -121,7 +121,9 @@ def test_near_duplicates_are_found_as_a_full_search_would() -> None:
 
 def test_every_intent_has_natural_wordings_and_a_set_apart() -> None:
     train = Counter(
-        r["intent"] for name in ("natural_a", "natural_b") for r in corpus.written(name)
+        r["intent"]
+        for name in ("natural_a", "natural_b", "natural_c", "natural_d", "rude")
+        for r in corpus.written(name)
     )
     dev = Counter(r["intent"] for r in corpus.written("natural_dev"))
     assert all(train[intent] >= 30 and dev[intent] >= 10 for intent in labels.SUPPORT)
@@ -138,7 +140,7 @@ def test_written_answers_are_short_finished_and_keep_their_promises() -> None:
 
 
 def test_dialogues_alternate_and_name_an_intent_for_every_question() -> None:
-    for row in corpus.written("dialogues"):
+    for row in [*corpus.written("dialogues"), *corpus.written("dialogues_b")]:
         roles = [turn["role"] for turn in row["turns"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(turn["intent"] in labels.INTENTS for turn in row["turns"][::2])
