@@ -7,6 +7,7 @@ layer and side, a slot per row); knows slots and lengths, and nothing of request
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,15 +257,25 @@ def runs(batch: Batch) -> Iterator[Run]:
     Decode rows run by themselves: the attention operator rounds a row of one token differently
     from the same row in a longer square, and an answer must not depend on who else is asking.
     Prompts share a run, or have one each where padding costs more. A pure function of the batch.
+    A run computes every slot between its lowest and highest row.
     """
     count = len(batch.slots)
     long = np.flatnonzero(batch.counts > 1)
     first = int(long[0]) if long.size else count
-    split = [range(first)] * (first > 0) + [range(first, count)] * (first < count)
-    alone = split[: first > 0] + [range(row, row + 1) for row in range(first, count)]
-    best = min((split, alone), key=lambda plan: sum(_cost(batch, rows) for rows in plan))
-    for rows in best:
+    together = [range(first, count)] * (first < count)
+    alone = [range(row, row + 1) for row in range(first, count)]
+    best = min((together, alone), key=lambda plan: sum(_cost(batch, rows) for rows in plan))
+    for rows in [*_neighbours(batch.slots[:first]), *best]:
         yield rows, *_range(batch.slots[rows.start : rows.stop])
+
+
+def _neighbours(slots: Ints) -> list[range]:
+    """Decode rows cut where more idle slots lie between two than a run of their own costs."""
+    if not len(slots):
+        return []
+    cuts = np.flatnonzero(np.abs(np.diff(slots)) > RUN_COST) + 1
+    edges = [0, *cuts.tolist(), len(slots)]
+    return [range(*pair) for pair in itertools.pairwise(edges)]
 
 
 def _cost(batch: Batch, rows: range) -> float:

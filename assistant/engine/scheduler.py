@@ -196,6 +196,7 @@ class Scheduler:
         """Rows with a token to run. Paced ones by blocks of neighbouring slots, so that few steps
         serve many: the block whose reader is due first, with all who may have theirs early."""
         rows = [request for request in self.running if not request.missing]
+        rows.sort(key=lambda row: row.slot)  # neighbours run together
         if not self._period_s or not rows:
             return rows
         first = min(rows, key=lambda row: row.due_s)

@@ -61,8 +61,8 @@ class Scheme(Protocol):
     """How weights are stored and multiplied. Activations are float32, (B, S, width) or, once only
     the sampled rows are left, (R, width)."""
 
-    def embedding(self, ids: str, table: Weight, *, tied: bool) -> str:
-        """Rows of ``table`` for ``ids``; ``tied`` when ``head`` will be given the same table."""
+    def embedding(self, ids: str, table: Weight) -> str:
+        """Rows of ``table`` for ``ids``."""
 
     def matmuls(self, x: str, *weights: Weight) -> list[str]:
         """``x`` times each weight; what they share (quantising ``x``) is done once."""
@@ -126,20 +126,15 @@ class _Decoder:
     def write(self, progress: Callable[[str], None]) -> None:
         layers = self._shape.num_hidden_layers
         self._tables()
-        x = self._scheme.embedding(
-            "input_ids", Weight("embed", self._from.embedding), tied=self._tied
-        )
+        x = self._scheme.embedding("input_ids", Weight("embed", self._from.embedding))
         normed = self._norm(x, f"{_at(0)}input_layernorm.weight")
         for layer in range(layers):
             progress(f"layer {layer + 1} of {layers}")
             normed, x = self._layer(layer, normed, x)
         progress("head")
-        table = Weight("embed" if self._tied else "head", self._from.head)
+        tied = self._shape.tie_word_embeddings
+        table = Weight("embed" if tied else "head", self._from.head)
         self._g.op("LogSoftmax", self._scheme.head(normed, table), axis=-1, to=("logprobs",))
-
-    @property
-    def _tied(self) -> bool:
-        return self._shape.tie_word_embeddings
 
     def _tables(self) -> None:
         """Rotary tables, and the run's length clamped to them: a cache may be longer (room for a

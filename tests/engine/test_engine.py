@@ -1188,6 +1188,12 @@ def test_decode_rows_run_by_themselves_and_prompts_share_a_run_unless_padding_co
     assert split([(7, 1), (4, 1)]) == [(0, 2, 4, 4)]
 
 
+def test_decode_rows_far_apart_do_not_pay_for_the_idle_slots_between_them() -> None:
+    assert split([(0, 1), (1, 1), (90, 1)]) == [(0, 2, 0, 2), (2, 3, 90, 1)]
+    assert split([(0, 1), (12, 1)]) == [(0, 2, 0, 13)], "a run of its own costs more than 11 slots"
+    assert split([(3, 1), (60, 1), (120, 30)]) == [(0, 1, 3, 1), (1, 2, 60, 1), (2, 3, 120, 1)]
+
+
 def test_every_row_of_a_step_is_in_exactly_one_run_and_inside_its_slots() -> None:
     rng = random.Random(3)
     for _ in range(300):
