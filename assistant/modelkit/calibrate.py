@@ -47,6 +47,19 @@ def score(model: Student, encoder: Encoder, mask: Mask, texts: Sequence[str]) ->
     return Scores(np.array(intents), np.array(scope))
 
 
+def natural_accuracy(
+    model: Student, encoder: Encoder, mask: Mask, dev: dict[str, list[tuple[str, str]]]
+) -> float:
+    """Share of right intents over the natural development rows, each source counting alike."""
+    parts = []
+    for name in ("natural", "written"):
+        rows = [(text, label) for text, label in dev[name] if label != labels.OUT_OF_SCOPE]
+        scores = score(model, encoder, mask, [text for text, _ in rows])
+        best = [labels.INTENTS[at] for at in scores.intents.argmax(1)]
+        parts.append(scoring.accuracy(best, [label for _, label in rows]))
+    return sum(parts) / len(parts)
+
+
 def calibrate(
     model: Student, encoder: Encoder, mask: Mask, dev: dict[str, list[tuple[str, str]]]
 ) -> tuple[Calibration, dict[str, Any]]:

@@ -55,6 +55,10 @@ class Corpus:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+#: How often the first of several answers is trained on.
+_FAVOURITE = 0.6
+
+
 class Answers:
     """The written answers by intent; ``pick`` prefers those that use what the user gave."""
 
@@ -64,9 +68,10 @@ class Answers:
             self._by_intent[row["intent"]].append((frozenset(row["requires"]), row["text"]))
 
     def pick(self, intent: str, slots: frozenset[str], rng: random.Random) -> str:
+        """The first fitting one mostly: between equal favourites, rounding would choose."""
         fitting = [(need, text) for need, text in self._by_intent[intent] if need <= slots]
-        using = [(need, text) for need, text in fitting if need]
-        return rng.choice(using or fitting)[1]
+        using = [text for need, text in fitting if need] or [text for _, text in fitting]
+        return using[0] if rng.random() < _FAVOURITE else rng.choice(using)
 
     def texts(self) -> list[str]:
         return [text for rows in self._by_intent.values() for _, text in rows]
@@ -146,8 +151,15 @@ def typo(text: str, rng: random.Random) -> str:
     return text
 
 
-_LEADS = ("hi, ", "hello ", "hey ", "Good morning. ", "um ", "so ", "quick question: ", "please, ")
-_TAILS = (" thanks", " please", " thank you!", "??", "!!", " asap", " pls", " ty", ".")
+_LEADS = (
+    *("hi, ", "hello ", "hey ", "Good morning. ", "um ", "so ", "quick question: ", "please, "),
+    *("Hi there! ", "ok ", "excuse me, ", "sorry to bother you, ", "hello again, ", "well, "),
+    *("I wonder, ", "one thing: ", "Dear team, ", "can you help me, ", "urgent! ", "right, "),
+)
+_TAILS = (
+    *(" thanks", " please", " thank you!", "??", "!!", " asap", " pls", " ty", ".", " cheers"),
+    *(" Thanks in advance.", " - can you help?", " help", " Kind regards", " tia", " :("),
+)
 
 
 def augment(text: str, rng: random.Random) -> str:
@@ -295,7 +307,7 @@ def _is_dev(row: dict[str, Any]) -> bool:
 def _written_rows() -> list[_Row]:
     rows = [
         _Row(row["text"], row["intent"], "written")
-        for name in ("natural_a", "natural_b", "natural_c", "natural_d")
+        for name in (*(f"natural_{part}" for part in "abcd"), "hard_negatives")
         for row in written(name)
     ]
     rows += [_Row(row["text"], row["intent"], "rude") for row in written("rude")]
@@ -303,7 +315,7 @@ def _written_rows() -> list[_Row]:
     rows += [_Row(row["text"], row["intent"], "talk") for row in written("smalltalk")]
     rows += [
         _Row(row["text"], OUT_OF_SCOPE, "written_out")
-        for name in ("out_of_scope", "out_of_scope_b")
+        for name in ("out_of_scope", "out_of_scope_b", "out_of_scope_c", "injection")
         for row in written(name)
     ]
     return rows
@@ -331,6 +343,23 @@ def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corp
     corpus.dialogues = _dialogues(held)
     corpus.unlabelled = _unlabelled(data, held, seen)
     corpus.report = _report(corpus, data, seed)
+    return corpus
+
+
+def own(evaluation: Sequence[Path] = ()) -> Corpus:
+    """The project's own rows alone: what tuning replays where the public sets are not at hand.
+
+    Raises: CorpusError.
+    """
+    dev = [(row["text"], row["intent"]) for row in written("natural_dev")]
+    held = HeldOut([text for text, _ in dev] + _questions(evaluation))
+    corpus = Corpus(answers=Answers(written("answers")), dev={"written": dev})
+    corpus.labelled = [
+        Sample((Turn(row.text, row.label),), row.group)
+        for row in _written_rows()
+        if row.text not in held
+    ]
+    corpus.dialogues = _dialogues(held)
     return corpus
 
 

@@ -31,30 +31,42 @@ from assistant.modelkit.tokens import Encoder, Mask, train_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from assistant.modelkit.distil import Teacher
     from assistant.modelkit.student import Student
 
 Progress = Callable[[str], None]
+#: How good a model is on development rows: larger is better.
+Judge = Callable[["Student", Encoder], float]
+#: Parts of the run after which it is judged. The best average is kept, of those that have had time
+#: to learn the answers too.
+_JUDGED_AT = (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+_KEPT_FROM = 0.7
 
 
 class Loss:
     """The multi-task loss; remembers which ids are intents and which pair is scope."""
 
-    def __init__(self, encoder: Encoder, config: TrainConfig, teacher: torch.Tensor | None) -> None:
+    def __init__(self, encoder: Encoder, config: TrainConfig, teacher: Teacher | None) -> None:
         names = labels.INTENTS[:-1]
         self.intent_ids = [encoder.id(labels.intent_token(name)) for name in names]
         self.scope_ids = [encoder.id(labels.IN_SCOPE), encoder.id(labels.OUT_SCOPE)]
         self.config, self.teacher = config, teacher
+        self._bfloat16 = fast_bfloat16(config.device)
 
     def __call__(self, model: Student, batch: Tensors) -> tuple[torch.Tensor, dict[str, float]]:
         import torch
 
-        hidden = model(batch.ids)
-        pooled = hidden[torch.arange(len(batch.at)), batch.at]
+        kind = torch.device(self.config.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16):
+            hidden = model(batch.ids)
+            answer = self._language(model, hidden, batch)
+        pooled = hidden[torch.arange(len(batch.at)), batch.at].float()
         parts = {
-            "answer": self._language(model, hidden, batch),
+            "answer": answer,
             "intent": self._intent(model, pooled, batch),
             "scope": self._scope(model, pooled, batch) * self.config.scope_weight,
             "teach": self._teach(model, pooled, batch) * self.config.teach_weight,
+            "soft": self._soft(model, pooled, batch) * self.config.soft_weight,
         }
         total = torch.stack(list(parts.values())).sum()
         return total, {name: float(value.detach()) for name, value in parts.items()}
@@ -63,7 +75,7 @@ class Loss:
         import torch.nn.functional as F  # noqa: N812
 
         wanted = batch.targets != IGNORE
-        logits = model.logits(hidden[wanted])
+        logits = model.logits(hidden[wanted]).float()
         loss = F.cross_entropy(logits, batch.targets[wanted], reduction="none")
         weights = batch.weights[wanted]
         return (loss * weights).sum() / weights.sum().clamp(min=1.0)
@@ -92,8 +104,30 @@ class Loss:
         known = batch.teacher >= 0
         if self.teacher is None or not bool(known.any()):
             return pooled.sum() * 0.0
-        wanted = self.teacher[batch.teacher[known]].float()
+        wanted = self.teacher.embeddings[batch.teacher[known]].float()
         return 1.0 - F.cosine_similarity(model.teach(pooled[known]), wanted).mean()
+
+    def _soft(self, model: Student, pooled: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Cross-entropy with the teacher's intents, as far as it thinks a text has one."""
+        known = batch.teacher >= 0
+        if self.teacher is None or not bool(known.any()):
+            return pooled.sum() * 0.0
+        rows = model.embed_tokens.weight[self.intent_ids]
+        at = batch.teacher[known]
+        scores = (pooled[known] @ rows.T).log_softmax(1)
+        losses = -(self.teacher.intents[at] * scores).sum(1) * self.teacher.inside[at]
+        return losses.mean()
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the processor multiplies bfloat16 itself: training is then twice as fast; where it
+    must be imitated, slower."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 # -- the run -------------------------------------------------------------------------------------
@@ -126,6 +160,8 @@ class Run:
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.steps, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
+        self.judged, self.quality = 0, 0.0
+        self.kept: dict[str, torch.Tensor] | None = None
 
     @property
     def progress(self) -> float:
@@ -150,6 +186,24 @@ class Run:
         self.tokens += batch.ids.numel()
         return parts
 
+    def judge(self, judge: Judge, encoder: Encoder) -> float:
+        """How good the average is; it is kept where it is the best so far."""
+        current = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        self.model.eval()
+        quality = judge(self.model, encoder)
+        self.model.train()
+        self.model.load_state_dict(current)
+        if self.progress >= _KEPT_FROM and quality >= self.quality:
+            self.quality = quality
+            self.kept = {name: value.clone() for name, value in self.average.items()}
+        self.judged += 1
+        return quality
+
+    def due(self) -> bool:
+        """Whether it is time to be judged."""
+        return self.judged < len(_JUDGED_AT) and self.progress >= _JUDGED_AT[self.judged]
+
     def save(self) -> None:
         """A checkpoint that ``resume`` takes; written whole or not at all."""
         import torch
@@ -160,6 +214,8 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "clock": [self.steps, self.tokens, self.elapsed_s],
             "curve": self.curve,
+            "judged": [self.judged, self.quality],
+            "kept": self.kept,
         }
         temporary = self.folder / "checkpoint.tmp"
         torch.save(state, temporary)
@@ -177,6 +233,8 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.steps, self.tokens, self.elapsed_s = state["clock"]
         self.curve = state["curve"]
+        self.judged, self.quality = state["judged"]
+        self.kept = state["kept"]
         return True
 
 
@@ -188,12 +246,14 @@ def train(
     *,
     resume: bool = False,
     start: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = lambda line: None,
 ) -> Student:
     """Trains for ``config.minutes`` and writes the averaged weights to ``folder``.
 
     A run that is interrupted (Ctrl-C) keeps a checkpoint of its last step for ``resume``.
-    ``start``: a checkpoint folder to fine-tune (its tokenizer is kept). Raises: FileNotFoundError.
+    ``start``: a checkpoint folder to fine-tune (its tokenizer is kept). ``judge``: of the averages
+    late in the run, the one it likes best is taken. Raises: FileNotFoundError.
     """
     import torch
 
@@ -206,6 +266,8 @@ def train(
     model.to(config.device)
     if start is not None:
         _load_weights(model, start)
+    elif config.teach_weight > 0:
+        _warm(model, encoder)
     maker = ExampleMaker(corpus, encoder, mask, config, random.Random(config.seed))  # noqa: S311
     teacher = _teacher(maker, corpus, mask, folder, config, progress)
     run = Run(model, config, folder)
@@ -213,11 +275,11 @@ def train(
         progress(f"resumed at step {run.steps:,}, {run.progress:.0%} of the time budget")
     _write_settings(folder, corpus, config)
     try:
-        _loop(run, maker, Loss(encoder, config, teacher), progress)
+        _loop(run, maker, Loss(encoder, config, teacher), judge, progress)
     except KeyboardInterrupt:
         run.save()
         raise
-    model.load_state_dict(run.average)
+    model.load_state_dict(run.kept or run.average)
     save_checkpoint(model, folder)
     plot_curves(run.curve, folder / "curves.png")
     return model
@@ -240,7 +302,9 @@ def plot_curves(curve: Sequence[dict[str, float]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _loop(run: Run, maker: ExampleMaker, loss: Loss, progress: Progress) -> None:
+def _loop(
+    run: Run, maker: ExampleMaker, loss: Loss, judge: Judge | None, progress: Progress
+) -> None:
     last_saved = last_said = time.monotonic()
     sums: dict[str, float] = {}
     since = 0
@@ -255,6 +319,9 @@ def _loop(run: Run, maker: ExampleMaker, loss: Loss, progress: Progress) -> None
             run.curve.append({"at": run.progress} | {k: v / since for k, v in sums.items()})
             progress(_line(run, {k: v / since for k, v in sums.items()}))
             last_said, since, sums = now, 0, {}
+        if judge is not None and run.due():
+            quality = run.judge(judge, maker.encoder)
+            progress(f"{run.progress:4.0%}  natural development rows {quality:.1%} right")
         if now - last_saved > run.config.checkpoint_every_s or run.progress >= 1:
             run.save()
             last_saved = now
@@ -285,6 +352,14 @@ def _tokenizer(corpus: Corpus, folder: Path, config: TrainConfig, start: Path | 
     return Encoder.load(target)
 
 
+def _warm(model: Student, encoder: Encoder) -> None:
+    from assistant.modelkit.distil import warm_embedding
+
+    table, first = model.embed_tokens.weight, len(labels.special_tokens())
+    words = [encoder.tokenizer.decode([at]) for at in range(first, len(table))]
+    warm_embedding(table, words, first)
+
+
 def _load_weights(model: Student, start: Path) -> None:
     from safetensors.torch import load_file
 
@@ -300,14 +375,16 @@ def _teacher(
     folder: Path,
     config: TrainConfig,
     progress: Progress,
-) -> torch.Tensor | None:
-    from assistant.modelkit.distil import teacher_embeddings
+) -> Teacher | None:
+    from assistant.modelkit.distil import soft_intents, teacher_embeddings
 
     if config.teach_weight <= 0:
         return None
     texts = [s.turns[-1].question for s in corpus.labelled] + corpus.unlabelled
     maker.teacher_index = {text: at for at, text in enumerate(texts)}
-    return teacher_embeddings(texts, folder / "teacher.npz", config.device, progress)
+    found = teacher_embeddings(texts, folder / "teacher.npz", config.device, progress)
+    progress("teacher: learning the intents ...")
+    return soft_intents(found, [sample.turns[-1].intent for sample in corpus.labelled])
 
 
 def _write_settings(folder: Path, corpus: Corpus, config: TrainConfig) -> None:
