@@ -61,6 +61,10 @@ GOALS = (
     ),
     Goal("a chat's eighth turn, warm over cold", "turns", "turn_warm_over_cold", "<=", 0.25),
     Goal("refusal when full", "overload", "refusal_ms_p99", "<", 5.0, unit=" ms"),
+    Goal(
+        "through WebSocket and database against the engine alone",
+        "stack", "stack_over_alone", ">=", 0.85, unit="x",
+    ),
     Goal("idle processor time", "idle", "idle_cpu_percent", "<", 1.0, unit=" %"),
     Goal("growth over many requests", "growth", "growth_mb", "<=", 16.0, unit=" MiB"),
     Goal(

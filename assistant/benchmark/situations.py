@@ -18,6 +18,7 @@ from assistant.benchmark import drive
 from assistant.benchmark.drive import Answer, Room, ask, opened, prompts
 from assistant.benchmark.figures import Fact, Figures, Measured, Times, percentile_ms
 from assistant.benchmark.meter import Meter, memory_mb
+from assistant.benchmark.stack import whole_stack
 from assistant.benchmark.workloads import Load, Sizes, poisson
 from assistant.engine import Engine, Overloaded
 
@@ -322,6 +323,7 @@ SITUATIONS: dict[str, Callable[[Path, int, Sizes], Measured]] = {
     "turns": conversation,
     "intruder": intruder,
     "overload": overload,
+    "stack": whole_stack,
     "idle": idle,
     "growth": growth,
 }

@@ -22,6 +22,7 @@ WORKLOADS = {
     "intruder": "a long prompt arrives beside streaming chats: the longest gap they see",
     "overload": "four times the capacity: refusals, their speed, and whether promises hold",
     "readers": "how many chats can read at a steady pace",
+    "stack": "32 chats through WebSocket and database, against the engine alone (--end-to-end)",
     "idle": "processor time of an engine nobody asks",
     "growth": "memory before and after many requests",
 }

@@ -247,6 +247,7 @@ def test_bench_runs_every_workload(tiny_model: Path) -> None:
     assert {"offered_per_s", "refused_percent", "served_ttft_ms_p95"} <= told["overload"]
     assert told["turns"] == {"turn_warm_ms", "turn_cold_ms", "turn_warm_over_cold"}
     assert told["idle"] == {"idle_cpu_percent"}
+    assert {"stack_tokens_per_s", "alone_tokens_per_s", "stack_over_alone"} <= told["stack"]
     assert "growth_mb" in told["growth"] and "prefix_shared_over_cold" in told["prefix"]
     assert [level["chats"] for level in rows["readers"]["levels"]][:1] == [2]
 
@@ -374,7 +375,8 @@ ROWS: list[dict[str, Any]] = [
 ]
 FIGURES = {
     "rows", "intent_accuracy", "scope_auroc", "ece", "placeholder_ok", "well_ended", "coverage",
-    "answer_similarity",
+    "answer_similarity", "answered", "with_caution", "handed_on", "turned_away",
+    "out_of_scope_found",
 }  # fmt: skip
 
 
@@ -391,7 +393,8 @@ def evaluate(dataset: Path, model: Path, *args: str) -> str:
 
 def test_evaluate_prints_exactly_its_contract_as_json(dataset: Path, tiny_model: Path) -> None:
     found = json.loads(evaluate(dataset, tiny_model, "--json"))
-    assert found.keys() == {*FIGURES, "model", "by", "failures"}
+    assert found.keys() == {*FIGURES, "model", "by", "failures", "several_turns"}
+    assert found["several_turns"] == {"rows": 0, "right_topic": None}
     assert found["model"] == "random-tiny@seed-0"
     assert found["rows"] == 4
     assert found["by"].keys() == {"all", "typed"}

@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
-import websockets
+from assistant.benchmark import stack
+from assistant.benchmark.stack import ROOT, Visitor
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = (
     "how do I cancel my order?",
     "where is my parcel 48213377",
@@ -56,80 +53,19 @@ class Report:
     slot_free_ms_max: float
 
 
-class Server:
-    """``uvicorn`` on a free port with its own data folder, visitors allowed, no rate limit."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder = folder
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._environment = {
-            **os.environ,
-            "ASSISTANT_DATA_DIR": str(folder),
-            "ASSISTANT_ANONYMOUS": "true",
-            "ASSISTANT_RATE": "off",
-            "DJANGO_SETTINGS_MODULE": "config.settings",
-            **environment,
-        }
-
-    def __enter__(self) -> Server:
-        self._manage("migrate", "-v0")
-        log = (self.folder / "server.log").open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "config.asgi:application", "--port", str(self.port),
-             "--log-level", "warning", "--lifespan", "off"],
-            cwd=ROOT, env=self._environment, stdout=log, stderr=log,
-        )  # fmt: skip
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(httpx2.HTTPError):
-                if httpx2.get(f"{self.url}/livez").status_code == 200:
-                    return self
-            time.sleep(0.1)
-        raise RuntimeError(f"the server did not start: {self.folder / 'server.log'}")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(15)
-
-    def _manage(self, *args: str) -> None:
-        command = [sys.executable, "manage.py", *args]
-        subprocess.run(command, cwd=ROOT, env=self._environment, check=True)
+class Server(stack.Server):
+    """The benchmark's, with what its process uses."""
 
     def cpu_s(self) -> float:
         """Processor time used so far by the server process."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def rss_mb(self) -> float:
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS"):
                 return round(int(line.split()[1]) / 1024, 1)
         return 0.0
-
-
-class Visitor:
-    """A browser without a window: a session, a CSRF token, one conversation, one socket."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.client = httpx2.Client(base_url=server.url, headers={"Origin": server.url})
-        self.client.get("/")
-
-    def conversation(self) -> str:
-        token = self.client.cookies.get("csrftoken", "")
-        answer = self.client.post("/api/v1/conversations/", json={}, headers={"X-CSRFToken": token})
-        answer.raise_for_status()
-        return str(answer.json()["id"])
-
-    @contextlib.asynccontextmanager
-    async def socket(self, conversation: str) -> AsyncIterator[Any]:
-        cookies = "; ".join(f"{name}={value}" for name, value in self.client.cookies.items())
-        url = f"ws://127.0.0.1:{self._server.port}/ws/chat/{conversation}/"
-        async with websockets.connect(
-            url, origin=self._server.url, additional_headers={"Cookie": cookies}
-        ) as opened:
-            yield opened
 
 
 async def say(opened: Any, text: str) -> None:
@@ -259,12 +195,6 @@ def _long_winded() -> Path:
 def _percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     return round(ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))], 1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _lines(report: Report) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The engines we compare with run the model we run: greedy ids of all of them, token by token.
 
-    PEERS_PYTHON=/path/to/python pytest -m load tests/load/test_peers.py
+    PEERS_PYTHON=/path/to/python pytest -m "peers or train" tests/load/test_peers.py
 
-Needs the extra ``peers``, in this interpreter or in the one named.
+Needs the extra ``peers`` (for optimum ``train``), in this interpreter or in the one named.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import pytest
 from assistant.benchmark.lineup import Lineup
 from assistant.benchmark.peers import EXTRA
 
-pytestmark = pytest.mark.load
-
 PYTHON = os.environ.get("PEERS_PYTHON", sys.executable)
 #: Peer with an exact variant, the module it needs.
 EXACT = {"llama.cpp": "llama_cpp", "optimum": "optimum.onnxruntime"}
@@ -29,7 +27,13 @@ def has(module: str) -> bool:
     return found.returncode == 0
 
 
-@pytest.mark.parametrize("peer", EXACT)
+@pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param("llama.cpp", marks=pytest.mark.peers),
+        pytest.param("optimum", marks=pytest.mark.train),
+    ],
+)
 def test_a_peer_writes_what_our_fp32_build_writes(peer: str, tmp_path: Path) -> None:
     if not has(EXACT[peer]):
         pytest.skip(f"{peer} is not installed: {EXTRA}")

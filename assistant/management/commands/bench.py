@@ -30,6 +30,7 @@ examples:
   manage.py bench --concurrency 8,64,128 --new-tokens 128
   manage.py bench --workloads readers --random 15m --plot readers.png
   manage.py bench --workloads growth --growth 20000
+  manage.py bench --end-to-end
   manage.py bench --random 15m --peers --json > report.json
   manage.py bench --random smollm2-135m --peers llama.cpp,genai --profile throughput --plot bars.png
 """
@@ -64,6 +65,9 @@ class Command(BaseCommand):
         parser.add_argument("--model", type=Path, help="model folder (default: the one in use)")
         parser.add_argument("--random", metavar="NAME", help="seeded weights: 15m, smollm2-135m")
         parser.add_argument("--workloads", metavar="NAMES", help="see below")
+        parser.add_argument(
+            "--end-to-end", action="store_true", help="add the workload stack: the whole product"
+        )
         parser.add_argument(
             "--peers", nargs="?", const="all", metavar="NAMES", help="other engines; all of them"
         )
@@ -195,6 +199,8 @@ class _Options:
         if min(given["repeats"], given["timeout_s"]) < 1 or given["threads"] < 0:
             raise ValueError("repeats and seconds of patience start at 1, threads at 0")
         names = given["workloads"] or ",".join(workloads.CORE)
+        if given["end_to_end"] and names != "all":
+            names += ",stack"
         return cls(
             model=given["model"] or Path(model),
             random=given["random"] or "",

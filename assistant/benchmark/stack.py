@@ -1,0 +1,249 @@
+"""The whole product under load, against its engine alone: a server, sockets, a database.
+
+Starts ``uvicorn`` in a process of its own with an empty database, and talks to it as browsers do:
+a visitor's session, a conversation and a WebSocket for every question. Knows the public face only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from http.cookiejar import CookieJar
+from pathlib import Path
+from typing import Any
+
+from assistant.benchmark.drive import Room, opened
+from assistant.benchmark.figures import Fact, Measured, percentile_ms
+from assistant.benchmark.workloads import Sizes
+from assistant.engine import ChatTurn, Engine
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Plain ones, which the model that ships answers itself.
+QUESTIONS = (
+    "how do I cancel my order?",
+    "where is my parcel?",
+    "I forgot my password",
+    "how do I get a refund?",
+    "which payment methods do you accept?",
+    "how can I delete my account?",
+    "I want to change my delivery address",
+    "where can I download my invoice?",
+)
+_START_S, _ANSWER_S = 60.0, 60.0
+
+
+def whole_stack(model: Path, threads: int, sizes: Sizes) -> Measured:
+    """``sizes.batch`` chats through WebSocket and database; the same questions, engine alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            "ASSISTANT_MODEL_DIR": str(model.resolve()),
+            "ASSISTANT_THREADS": str(threads),
+            "ASSISTANT_MAX_BATCH": str(sizes.batch),
+            "ASSISTANT_MAX_TURNS_PER_CALLER": str(sizes.batch),
+            "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(sizes.batch * (sizes.rounds + 1)),
+        }
+        with Server(Path(folder), **environment) as server:
+            through = asyncio.run(_through(server, sizes))
+    alone = _alone(model, threads, sizes)
+    share = through.tokens_per_s / alone.tokens_per_s
+    return Measured(
+        facts=(
+            Fact("stack_tokens_per_s", round(through.tokens_per_s, 1), "/s", "tokens through it"),
+            Fact("alone_tokens_per_s", round(alone.tokens_per_s, 1), "/s", "by the engine alone"),
+            Fact("stack_over_alone", round(share, 3), "x", "through it over the engine alone"),
+            Fact("stack_ttft_ms_p50", percentile_ms(through.ttft, 50), "ms", "first words p50"),
+            Fact("stack_ttft_ms_p95", percentile_ms(through.ttft, 95), "ms", "first words p95"),
+        )
+    )
+
+
+@dataclass(slots=True)
+class _Seen:
+    tokens: int = 0
+    seconds: float = 0.0
+    ttft: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+# -- through the product -------------------------------------------------------------------------
+
+
+class Server:
+    """``uvicorn`` on a free port with its own data folder, visitors allowed, no rate limit."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder = folder
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._environment = {
+            **os.environ,
+            "ASSISTANT_DATA_DIR": str(folder),
+            "ASSISTANT_ANONYMOUS": "true",
+            "ASSISTANT_RATE": "off",
+            "DJANGO_SETTINGS_MODULE": "config.settings",
+            **environment,
+        }
+
+    def __enter__(self) -> Server:
+        """Raises: RuntimeError where it does not start."""
+        migrating = self._start("manage.py", "migrate", "-v0")
+        if migrating.wait(_START_S):
+            raise RuntimeError(f"the database was not made: {self._last_words()}")
+        self._process = self._start(
+            *("-m", "uvicorn", "config.asgi:application", "--port", str(self.port)),
+            *("--log-level", "warning", "--lifespan", "off"),
+        )
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/livez"):  # noqa: S310
+                return self
+            time.sleep(0.1)
+        self.__exit__()
+        raise RuntimeError(f"the server did not start: {self._last_words()}")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(15)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self.folder / "server.log").open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
+                [sys.executable, *arguments],
+                cwd=ROOT, env=self._environment, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def _last_words(self) -> str:
+        lines = (self.folder / "server.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Visitor:
+    """A browser without a window: a session, a CSRF token, conversations."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._jar = server, CookieJar()
+        self._opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self._jar))
+        self._opener.open(f"{server.url}/").close()
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        return {cookie.name: cookie.value or "" for cookie in self._jar}
+
+    def conversation(self) -> str:
+        headers = {
+            "Content-Type": "application/json",
+            "X-CSRFToken": self.cookies.get("csrftoken", ""),
+            "Origin": self._server.url,
+        }
+        url = f"{self._server.url}/api/v1/conversations/"
+        request = urllib.request.Request(url, b"{}", headers)  # noqa: S310 - our own server
+        with self._opener.open(request) as answer:
+            return str(json.load(answer)["id"])
+
+    def socket(self, conversation: str) -> Any:
+        """An open WebSocket, as a context."""
+        import websockets
+
+        cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        url = f"ws://127.0.0.1:{self._server.port}/ws/chat/{conversation}/"
+        return websockets.connect(
+            url, origin=self._server.url, additional_headers={"Cookie": cookies}
+        )
+
+
+async def _through(server: Server, sizes: Sizes) -> _Seen:
+    """Every chat asks ``sizes.rounds`` times, each time in a conversation of its own."""
+    visitor, seen = Visitor(server), _Seen()
+    await _chat(visitor, [visitor.conversation()], 0, _Seen())  # loads the model
+    fresh = [[visitor.conversation() for _ in range(sizes.rounds)] for _ in range(sizes.batch)]
+    began = time.perf_counter()
+    await asyncio.gather(*(_chat(visitor, own, at, seen) for at, own in enumerate(fresh)))
+    seen.seconds = time.perf_counter() - began
+    return seen
+
+
+async def _chat(visitor: Visitor, conversations: Sequence[str], first: int, seen: _Seen) -> None:
+    for at, conversation in enumerate(conversations):
+        async with visitor.socket(conversation) as opened_socket:
+            await _turn(opened_socket, QUESTIONS[(first + at) % len(QUESTIONS)], seen)
+
+
+async def _turn(opened_socket: Any, question: str, seen: _Seen) -> None:
+    """Raises: RuntimeError on an error frame; TimeoutError."""
+    began = time.perf_counter()
+    await opened_socket.send(json.dumps({"type": "message.create", "text": question}))
+    waiting = True
+    while True:
+        frame = json.loads(await asyncio.wait_for(opened_socket.recv(), _ANSWER_S))
+        if frame["type"] == "message.delta" and waiting:
+            seen.ttft.append(time.perf_counter() - began)
+            waiting = False
+        if frame["type"] == "message.completed":
+            seen.tokens += frame["message"]["usage"]["output_tokens"]
+            return
+        if frame["type"] in ("error", "message.failed"):
+            raise RuntimeError(f"the server answered {frame}")
+
+
+# -- the engine alone ----------------------------------------------------------------------------
+
+
+def _alone(model: Path, threads: int, sizes: Sizes) -> _Seen:
+    seen = _Seen()
+    with opened(model, threads, Room(sizes.batch, 512)) as engine:
+        asyncio.run(_ask_all(engine, 1, 1, _Seen()))
+        began = time.perf_counter()
+        asyncio.run(_ask_all(engine, sizes.batch, sizes.rounds, seen))
+        seen.seconds = time.perf_counter() - began
+    return seen
+
+
+async def _ask_all(engine: Engine, chats: int, rounds: int, seen: _Seen) -> None:
+    prompts = list(_prompts(engine))
+
+    async def chat(first: int) -> None:
+        for at in range(rounds):
+            seen.tokens += await _answer(engine, prompts[(first + at) % len(prompts)])
+
+    await asyncio.gather(*map(chat, range(chats)))
+
+
+async def _answer(engine: Engine, prompt: list[int]) -> int:
+    """Tokens of one whole answer, ended as the product ends it."""
+    assert engine.codec is not None and engine.manifest is not None
+    generation = engine.submit(
+        prompt,
+        max_new_tokens=256,
+        stop_ids=engine.codec.end_ids,
+        first=engine.manifest.first_token_rule(),
+    )
+    return sum([len(tokens) async for tokens in generation])
+
+
+def _prompts(engine: Engine) -> Iterator[list[int]]:
+    assert engine.codec is not None
+    for question in QUESTIONS:
+        yield engine.codec.encode_chat([ChatTurn("user", (question,))])
