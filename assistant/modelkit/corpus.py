@@ -50,6 +50,7 @@ class Corpus:
     labelled: list[Sample] = field(default_factory=list)
     dialogues: list[Sample] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
+    followups: list[dict[str, Any]] = field(default_factory=list)
     answers: Answers | None = None
     dev: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
@@ -341,6 +342,7 @@ def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corp
         corpus.labelled.append(Sample((Turn(row.text, row.label),), row.group))
     corpus.dev = {name: [(row.text, row.label) for row in rows] for name, rows in dev.items()}
     corpus.dialogues = _dialogues(held)
+    corpus.followups = [row for row in written("followups") if row["text"] not in held]
     corpus.unlabelled = _unlabelled(data, held, seen)
     corpus.report = _report(corpus, data, seed)
     return corpus
@@ -360,6 +362,7 @@ def own(evaluation: Sequence[Path] = ()) -> Corpus:
         if row.text not in held
     ]
     corpus.dialogues = _dialogues(held)
+    corpus.followups = [row for row in written("followups") if row["text"] not in held]
     return corpus
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Unit vectors are spread so that a classifier's usual learning rate fits them.
 _SPREAD = 8.0
-_CLASSIFIER_ROUNDS = 40
+_CLASSIFIER_ROUNDS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ def soft_intents(embeddings: torch.Tensor, wanted: Sequence[str]) -> Teacher:
         torch.nn.Dropout(0.3),
         torch.nn.Linear(512, len(labels.INTENTS)),
     ).to(known.device)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=1e-2)
     for _ in range(_CLASSIFIER_ROUNDS):
-        for rows in torch.randperm(len(targets)).split(512):
+        for rows in torch.randperm(len(targets)).split(2048):
             loss = F.cross_entropy(net(known[rows]), targets[rows], reduction="none")
             optimiser.zero_grad()
             ((loss * share[rows]).sum() / share[rows].sum()).backward()

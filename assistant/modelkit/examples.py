@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from assistant.modelkit import labels
 from assistant.modelkit.corpus import Answers, Corpus, Sample, Turn, augment
+from assistant.modelkit.followups import FollowUps, shown
 from assistant.modelkit.tokens import Encoder, Mask
 
 if TYPE_CHECKING:
     import torch
 
 IGNORE = -100
+#: What stands for an answer's facts once they are filled; an e-mail or phone is masked again.
+_FILLED = {
+    "Support Phone": ("our support line", "{{Phone}}"),
+    "Support Email": ("our support e-mail address", "{{Email}}"),
+    "Support Hours": ("our opening hours", "9 to 5"),
+    "Website": ("our website",),
+    "Company": ("our shop",),
+    "Live Chat": ("live chat",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +54,16 @@ class TrainConfig:
     unlabelled: tuple[float, float] = (0.6, 0.1)
     #: How often each source is drawn among the labelled rows.
     mix: tuple[tuple[str, float], ...] = (
-        ("bitext", 0.15),
+        ("bitext", 0.12),
         ("natural", 0.07),
-        ("written", 0.35),
+        ("written", 0.33),
         ("rude", 0.03),
         ("plain", 0.04),
         ("out", 0.11),
         ("written_out", 0.08),
         ("talk", 0.05),
-        ("dialogue", 0.12),
+        ("dialogue", 0.07),
+        ("made", 0.16),
     )
     answered: float = 0.3
     checkpoint_every_s: float = 120.0
@@ -96,7 +107,13 @@ class ExampleMaker:
         self.assistant = encoder.id(labels.ASSISTANT)
         self.intents = {name: encoder.id(labels.intent_token(name)) for name in labels.INTENTS}
         self.by_group = self._group(corpus)
+        self._by_intent = {
+            (name, rows[0].turns[-1].intent): rows
+            for name, found in self.by_group.items()
+            for rows in found
+        }
         self.unlabelled = corpus.unlabelled
+        self.followups = FollowUps(corpus.followups, self._asked, self._plain_answer)
         self.teacher_index: dict[str, int] = {}
 
     def _group(self, corpus: Corpus) -> dict[str, list[list[Sample]]]:
@@ -113,9 +130,13 @@ class ExampleMaker:
         share = first + (last - first) * min(1.0, progress / 0.5)
         if self.unlabelled and self.rng.random() < share:
             return self._plain(self.rng.choice(self.unlabelled))
-        mix = [(name, weight) for name, weight in self.config.mix if name in self.by_group]
+        known = {"made", *self.by_group}
+        mix = [(name, weight) for name, weight in self.config.mix if name in known]
         names, weights = zip(*mix, strict=True)
         group = self.rng.choices(names, weights)[0]
+        if group == "made":
+            turns = tuple(Turn(*exchange) for exchange in self.followups.draw(self.rng))
+            return self._labelled(Sample(turns, group))
         return self._labelled(self.rng.choice(self.rng.choice(self.by_group[group])))
 
     def _plain(self, text: str) -> Example:
@@ -151,8 +172,21 @@ class ExampleMaker:
             parts = self.mask(augment(question, self.rng)).parts
             ids += [self.user, *self.encoder.parts(parts), self.assistant]
             ids.append(self.intents[turn.intent])
-            ids += self.encoder.answer(answer or self._written(turn.intent, parts))
+            ids += self.encoder.answer(self._shown(answer or self._written(turn.intent, parts)))
         return ids
+
+    def _shown(self, answer: str) -> str:
+        """A product fills what it can into an answer, and the model reads that in the next turn."""
+        return answer if self.rng.random() < 0.4 else shown(answer, _FILLED, self.rng)
+
+    def _asked(self, intent: str) -> str:
+        """A question of ``intent``, mostly one that this project wrote."""
+        names = ("written", "written", "plain", "rude", "written_out", "out", "bitext")
+        found = [rows for name in names if (rows := self._by_intent.get((name, intent)))]
+        return self.rng.choice(self.rng.choice(found)).turns[-1].question
+
+    def _plain_answer(self, intent: str) -> str:
+        return self.answers.pick(intent, frozenset(), self.rng)
 
     def _unrelated(self) -> tuple[Turn, ...]:
         """A turn about something else: a topic change must be followed, history or not."""

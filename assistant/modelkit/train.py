@@ -261,6 +261,7 @@ def train(
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
+    torch.set_flush_denormal(True)  # tiny numbers cost a hundred times what they are worth
     encoder = _tokenizer(corpus, folder, config, start)
     model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size()))
     model.to(config.device)
