@@ -1,7 +1,7 @@
 """Asks a backend every row of a dataset and scores what it says.
 
-Rows in, one ``Answer`` a row out, one ``Report`` over them. Knows the dataset's format and the
-scoring functions; knows nothing of who asked or where the figures go.
+Rows in, one ``Answer`` a row out, one report over them. Knows the dataset's format and how a chat
+reaches the model; the figures are ``scoring``'s. Knows nothing of who asked or where they go.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import gzip
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from assistant import facts
 from assistant.backends.base import Backend
 from assistant.errors import ContextTooLong
 from assistant.modelkit import scoring
+from assistant.modelkit.labels import OUT_OF_SCOPE
+from assistant.modelkit.scoring import Figures, Judged
 from assistant.types import Delta, Finished, Message, Params, Started
 
-GOLDEN = Path(__file__).with_name("golden") / "support-en.jsonl"
+#: The golden set is every dataset in this folder.
+GOLDEN = Path(__file__).with_name("golden")
 #: Placeholders stay visible in the answer unless the user gave the value: that is what is judged.
 _VISIBLE = {name: "{{" + name + "}}" for name in facts.PLAIN_WORDS}
 _MOST_ROWS = 200_000
@@ -52,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. ``route`` and ``reason`` are what the model's own thresholds say."""
+    """What came back. Band, route and reason are what the model's own thresholds say."""
 
     id: str
     intent: str
@@ -63,20 +67,7 @@ class Answer:
     text: str
     ms: float
     finished: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Scores over some rows; None where no row can tell."""
-
-    rows: int
-    intent_accuracy: float | None
-    scope_auroc: float | None
-    ece: float | None
-    placeholder_ok: float | None
-    well_ended: float | None
-    coverage: float | None
-    answer_similarity: float | None
+    band: str
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -89,6 +80,19 @@ def read_dataset(path: Path) -> list[Row]:
     rows = [_row(data, f"{path} line {at}", str(at)) for at, data in _objects(path)]
     if not rows:
         raise DatasetError(f"{path} holds no rows.")
+    return rows
+
+
+def read_golden(folder: Path | None = None) -> list[Row]:
+    """All rows of the golden set. Raises: DatasetError, also where two rows have one id."""
+    folder = folder or GOLDEN
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise DatasetError(f"{folder} holds no .jsonl file, so there is no golden set.")
+    rows = [row for path in files for row in read_dataset(path)]
+    twice = [id_ for id_, count in Counter(row.id for row in rows).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{folder}: the id {twice[0]} is given to more than one row.")
     return rows
 
 
@@ -182,7 +186,7 @@ async def ask_all(
 
 async def _ask(backend: Backend, row: Row, max_new_tokens: int) -> Answer:
     """One answer. What does not fit the context loses its oldest turns first, as in a chat."""
-    messages = row.messages
+    messages = await _as_in_a_chat(backend, row.messages)
     while True:
         try:
             return await _ask_once(backend, row.id, messages, max_new_tokens)
@@ -190,6 +194,32 @@ async def _ask(backend: Backend, row: Row, max_new_tokens: int) -> Answer:
             messages = messages[1:]
             if not messages:
                 return _refused(row.id, ContextTooLong.code)
+
+
+async def _as_in_a_chat(backend: Backend, messages: Sequence[Message]) -> Sequence[Message]:
+    """Earlier answers as a chat keeps them: filled with what the user gave, and with the intent
+    that the model finds in the question before them."""
+    chat: list[Message] = []
+    given: dict[str, str] = {}
+    for message in messages:
+        if message.role == "user":
+            given |= facts.mask(message.text).values
+            chat.append(message)
+        else:
+            said = facts.fill(message.text, given)
+            chat.append(Message("assistant", said, await _understood(backend, chat)))
+    return chat
+
+
+async def _understood(backend: Backend, chat: Sequence[Message]) -> str | None:
+    """The intent under which the last question of ``chat`` would be answered."""
+    if not chat or chat[-1].role != "user":
+        return None
+    try:
+        answer = await _ask_once(backend, "", chat, max_new_tokens=1)
+    except ContextTooLong:
+        return None
+    return OUT_OF_SCOPE if answer.band == OUT_OF_SCOPE else answer.intent or None
 
 
 async def _ask_once(
@@ -205,7 +235,7 @@ async def _ask_once(
             text += event.text
         elif isinstance(event, Finished):
             finished = event.reason == "stop"
-    reasons = {"hand_on": "low_confidence", "out_of_scope": "out_of_scope"}
+    reasons = {"hand_on": "low_confidence", OUT_OF_SCOPE: OUT_OF_SCOPE}
     return Answer(
         id=id_,
         intent=started.intent or "",
@@ -216,6 +246,7 @@ async def _ask_once(
         text=text,
         ms=round((time.perf_counter() - began) * 1000, 1),
         finished=finished,
+        band=started.band,
     )
 
 
@@ -223,7 +254,7 @@ def _refused(id_: str, reason: str) -> Answer:
     """A question the model never read: counted as wrong, with no opinion on its scope."""
     return Answer(
         id=id_, intent="", confidence=0.0, scope=0.5, route="", reason=reason, text="", ms=0.0,
-        finished=False,
+        finished=False, band="",
     )  # fmt: skip
 
 
@@ -231,23 +262,28 @@ def _refused(id_: str, reason: str) -> Answer:
 
 
 def figures(rows: Sequence[Row], answers: Sequence[Answer]) -> Figures:
-    """The scores of section 0's contract over these rows."""
-    pairs = list(zip(rows, answers, strict=True))
-    judged = [(row, answer) for row, answer in pairs if row.intent]
-    right = [answer.intent == row.intent for row, answer in judged]
-    sure = [answer.confidence for _, answer in judged]
-    inside = [answer.scope for row, answer in pairs if row.scope == "in"]
-    outside = [answer.scope for row, answer in pairs if row.scope == "out"]
-    alike = [scoring.similarity(a.text, r.answer) for r, a in pairs if r.answer]
-    return Figures(
-        rows=len(pairs),
-        intent_accuracy=_mean(right),
-        scope_auroc=_known(scoring.auroc(inside, outside)),
-        ece=_known(scoring.ece(sure, right)),
-        placeholder_ok=_mean([_placeholders_ok(row, answer) for row, answer in pairs]),
-        well_ended=_mean([scoring.well_ended(a.text, a.finished) for a in answers]),
-        coverage=_known(scoring.coverage_at_error(sure, right)),
-        answer_similarity=_mean(alike),
+    """The scores of section 0's contract over these rows, and what became of them."""
+    return scoring.figures(judged(rows, answers))
+
+
+def judged(rows: Sequence[Row], answers: Sequence[Answer]) -> list[Judged]:
+    """Each row with its answer, as ``scoring`` takes them."""
+    return [_judged(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _judged(row: Row, answer: Answer) -> Judged:
+    return Judged(
+        kind=row.kind,
+        wanted=row.intent,
+        scope=row.scope,
+        intent=answer.intent,
+        confidence=answer.confidence,
+        inside=answer.scope,
+        band=answer.band,
+        turns=len(row.messages),
+        placeholders_ok=_placeholders_ok(row, answer),
+        well_ended=scoring.well_ended(answer.text, answer.finished),
+        similarity=scoring.similarity(answer.text, row.answer) if row.answer else None,
     )
 
 
@@ -258,26 +294,15 @@ def _placeholders_ok(row: Row, answer: Answer) -> bool:
     return scoring.placeholders_ok(answer.text, given, frozenset(facts.PLAIN_WORDS))
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return round(sum(found) / len(found), 4) if found else None
-
-
-def _known(value: float) -> float | None:
-    return round(value, 4) if value == value else None
-
-
 def report(model: str, rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, Any]:
     """The JSON of ``evaluate --json``: figures overall, by kind, and what went wrong."""
-    kinds = sorted({row.kind for row in rows})
-    by = {}
-    for kind in kinds:
-        chosen = [at for at, row in enumerate(rows) if row.kind == kind]
-        by[kind] = asdict(figures([rows[at] for at in chosen], [answers[at] for at in chosen]))
+    found = judged(rows, answers)
+    on_topic, talks = scoring.right_topic(found)
     return {
         "model": model,
-        **asdict(figures(rows, answers)),
-        "by": by,
+        **asdict(scoring.figures(found)),
+        "several_turns": {"rows": talks, "right_topic": on_topic},
+        "by": {kind: asdict(one) for kind, one in scoring.by_kind(found).items()},
         "failures": failures(rows, answers),
     }
 
@@ -300,7 +325,7 @@ def _faults(row: Row, answer: Answer) -> list[str]:
     faults = []
     if row.intent and answer.intent != row.intent:
         faults.append("intent")
-    if row.scope and (row.scope == "out") != (answer.reason == "out_of_scope"):
+    if row.scope and (row.scope == "out") != (answer.reason == OUT_OF_SCOPE):
         faults.append("scope")
     if not _placeholders_ok(row, answer):
         faults.append("placeholder")
@@ -313,5 +338,5 @@ def prediction_lines(answers: Sequence[Answer]) -> Iterator[str]:
     """JSON lines in the order of the rows: what ``--predictions`` writes."""
     for answer in answers:
         data = asdict(answer)
-        del data["finished"]
+        del data["finished"], data["band"]
         yield json.dumps(data, ensure_ascii=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.conf import settings
@@ -48,14 +49,59 @@ def test_the_card_names_data_licences_figures_and_limits() -> None:
         assert word in card
 
 
-def test_golden_answers_hold_their_floor(model: OnnxBackend) -> None:
-    rows = evaluation.read_dataset(evaluation.GOLDEN)
-    answers = asyncio.run(evaluation.ask_all(model, rows))
-    found = evaluation.figures(rows, answers)
-    assert found.intent_accuracy is not None and found.intent_accuracy >= 0.72
-    assert found.scope_auroc is not None and found.scope_auroc >= 0.90
-    assert found.placeholder_ok is not None and found.placeholder_ok >= 0.97
-    assert found.well_ended is not None and found.well_ended >= 0.99
+#: What the model that ships must reach on the golden set, by kind; ``all``: over every row. About
+#: two rows of a kind, or 0.02 of many, lie between the floor and what was measured.
+FLOORS: dict[str, dict[str, float]] = {
+    "all": {"intent_accuracy": 0.57, "scope_auroc": 0.92, "coverage": 0.15,
+            "placeholder_ok": 0.98, "well_ended": 0.99, "out_of_scope_found": 0.64},
+    "natural": {"intent_accuracy": 0.77, "scope_auroc": 0.94, "coverage": 0.55},
+    "rude": {"intent_accuracy": 0.50, "scope_auroc": 0.94},
+    "smalltalk": {"intent_accuracy": 0.87},
+    "turns": {"intent_accuracy": 0.75},
+    "correction": {"intent_accuracy": 0.27},
+    "follow_up": {"intent_accuracy": 0.21},
+    "hand_over": {"intent_accuracy": 0.16},
+    "missing_number": {"intent_accuracy": 0.05},
+    "second_case": {"intent_accuracy": 0.05},
+    "topic_change": {"intent_accuracy": 0.37},
+    "injection": {"out_of_scope_found": 0.58, "scope_auroc": 0.92},
+    "out_of_scope": {"out_of_scope_found": 0.62, "scope_auroc": 0.91},
+}  # fmt: skip
+#: And what it must not exceed.
+CEILINGS: dict[str, dict[str, float]] = {
+    "all": {"ece": 0.13, "turned_away": 0.08},
+    "natural": {"ece": 0.09, "turned_away": 0.03},
+    "rude": {"turned_away": 0.07},
+    "smalltalk": {"turned_away": 0.13},
+}
+SEVERAL_TURNS_FLOOR = 0.37
+
+
+@pytest.fixture(scope="module")
+def found(model: OnnxBackend) -> dict[str, Any]:
+    """The report over the whole golden set."""
+    rows = evaluation.read_golden()
+    return evaluation.report("bundled", rows, asyncio.run(evaluation.ask_all(model, rows)))
+
+
+def test_every_golden_kind_has_a_floor(found: dict[str, Any]) -> None:
+    assert {*found["by"], "all"} == FLOORS.keys()
+    assert CEILINGS.keys() <= FLOORS.keys()
+
+
+@pytest.mark.parametrize("kind", FLOORS)
+def test_golden_answers_hold_their_floors(kind: str, found: dict[str, Any]) -> None:
+    figures = found if kind == "all" else found["by"][kind]
+    short = {key: figures[key] for key, floor in FLOORS[kind].items() if figures[key] < floor}
+    over = {
+        key: figures[key] for key, most in CEILINGS.get(kind, {}).items() if figures[key] > most
+    }
+    assert (short, over) == ({}, {})
+
+
+def test_conversations_of_several_turns_hold_their_floor(found: dict[str, Any]) -> None:
+    assert found["several_turns"]["rows"] >= 100
+    assert found["several_turns"]["right_topic"] >= SEVERAL_TURNS_FLOOR
 
 
 async def test_an_order_number_comes_back_as_it_was_typed_and_no_bracket_is_shown(
@@ -94,7 +140,7 @@ async def test_typed_control_pieces_and_odd_texts_get_a_harmless_answer(
 
 
 async def test_the_answer_is_the_same_alone_and_among_neighbours(model: OnnxBackend) -> None:
-    questions = [row.question for row in evaluation.read_dataset(evaluation.GOLDEN)[:24]]
+    questions = [row.question for row in evaluation.read_golden()[-24:]]
     alone = [await said(model, question) for question in questions]
     together = await asyncio.gather(*(said(model, question) for question in questions))
     assert list(together) == alone

@@ -27,6 +27,71 @@ def test_coverage_keeps_the_most_confident_rows_within_the_error() -> None:
     assert scoring.coverage_at_error(sure, [0, 0, 0, 0]) == 0.0
 
 
+def test_reliability_bins_hold_their_rows_and_leave_empty_ones_out() -> None:
+    low, high = scoring.reliability([0.1, 0.95, 1.0], [0, 1, 0], bins=10)
+    assert (low.low, low.high, low.rows, low.right) == (0.1, 0.2, 1, 0.0)
+    assert (high.rows, high.right) == (2, 0.5)
+    assert high.confidence == pytest.approx(0.975)
+    assert scoring.reliability([], []) == []
+
+
+def test_the_coverage_curve_adds_rows_from_the_surest_on() -> None:
+    kept, wrong = scoring.coverage_curve([0.6, 0.9, 0.7, 0.8], [1, 1, 0, 1])
+    assert kept.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert wrong.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 4])
+
+
+def pair(kind: str, cosine: float, *, same: bool = False, agree: bool = True) -> scoring.Pair:
+    return scoring.Pair(kind, same, cosine, agree)
+
+
+def test_near_matches_hit_only_above_what_must_never_match() -> None:
+    found = scoring.near_matches(
+        [
+            pair("surface_variant", 0.99, same=True),
+            pair("surface_variant", 0.90, same=True),
+            pair("other_value:order_id", 0.95),
+            pair("near_equal_intent", 0.97),
+            pair("random_other_intent", 0.10),
+        ]
+    )
+    assert list(found.pairs) == [
+        "surface_variant", "near_equal_intent", "other_value:order_id", "random_other_intent"
+    ]  # fmt: skip
+    assert found.median_cosine["surface_variant"] == pytest.approx(0.945)
+    assert (found.raw.threshold, found.raw.hit_rate, found.raw.pairs) == (0.95, 0.5, 2)
+    assert found.raw.hits["near_equal_intent"] == 1.0, "debatable: it bounds no threshold"
+    assert found.raw.auroc == {
+        "surface_variant": None,
+        "near_equal_intent": 0.5,
+        "other_value:order_id": 0.5,
+        "random_other_intent": 1.0,
+    }
+
+
+def test_near_matches_that_do_not_agree_are_none() -> None:
+    found = scoring.near_matches(
+        [
+            pair("surface_variant", 0.98, same=True),
+            pair("surface_variant", 0.98, same=True, agree=False),
+            pair("other_value:order_id", 1.0, agree=False),
+            pair("opposite_request", 0.5),
+        ]
+    )
+    assert (found.raw.threshold, found.raw.hit_rate) == (1.0, 0.0)
+    assert (found.agreed.threshold, found.agreed.hit_rate) == (0.5, 0.5)
+    assert found.agree == {
+        "surface_variant": 0.5, "opposite_request": 1.0, "other_value:order_id": 0.0
+    }  # fmt: skip
+    assert found.agreed.auroc["other_value:order_id"] == 0.75, "one true pair above, one level"
+
+
+def test_near_matches_without_anything_to_fear_hit_whatever_agrees() -> None:
+    found = scoring.near_matches([pair("surface_variant", -0.2, same=True)])
+    assert (found.raw.hit_rate, found.agreed.hit_rate) == (1.0, 1.0)
+    assert scoring.near_matches([]).raw.hit_rate is None
+
+
 def test_an_answer_may_only_show_values_it_was_given() -> None:
     known = frozenset({"Order Number", "Support Phone"})
     fine = scoring.placeholders_ok

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from assistant.backends.echo import EchoBackend
 from assistant.errors import ContextTooLong, GenerationFailed
 from assistant.facts import fill
 from assistant.modelkit import labels
-from assistant.types import Delta, Event, Finished, Message, Params, Started, Usage
+from assistant.types import Band, Delta, Event, Finished, Message, Params, Started, Usage
 from monitoring import evaluation
 from monitoring.evaluation import Answer, DatasetError, Row
 
@@ -30,12 +31,31 @@ def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 
 
 def test_the_golden_set_reads_and_knows_only_the_models_intents() -> None:
-    rows = evaluation.read_dataset(evaluation.GOLDEN)
-    assert len(rows) >= 150
+    rows = evaluation.read_golden()
+    assert len(rows) >= 270
     assert {row.intent for row in rows if row.intent} <= set(labels.INTENTS)
     assert {row.scope for row in rows} >= {"in", "out"}
     assert any(row.attack for row in rows)
-    assert len({row.id for row in rows}) == len(rows)
+    assert min(Counter(row.kind for row in rows).values()) >= 8
+    assert sum(len(row.messages) > 1 for row in rows) >= 100
+
+
+def test_the_golden_set_is_every_file_of_its_folder(tmp_path: Path) -> None:
+    write(tmp_path, {"query": "one", "id": "a"}, name="one.jsonl")
+    write(tmp_path, {"query": "two", "id": "b"}, {"query": "three", "id": "c"}, name="two.jsonl")
+    assert [row.id for row in evaluation.read_golden(tmp_path)] == ["a", "b", "c"]
+
+
+def test_two_golden_rows_with_one_id_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path, {"query": "hello", "id": "g1"}, name=f"{name}.jsonl")
+    with pytest.raises(DatasetError, match="the id g1 is given to more than one row"):
+        evaluation.read_golden(tmp_path)
+
+
+def test_a_golden_folder_without_files_is_an_error_and_not_a_good_score(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"holds no \.jsonl file"):
+        evaluation.read_golden(tmp_path)
 
 
 def test_a_row_may_be_a_question_or_a_conversation(tmp_path: Path) -> None:
@@ -112,17 +132,23 @@ def test_a_broken_gzip_file_is_an_error_of_ours(fault: str, tmp_path: Path) -> N
 
 
 class Knowing(Backend):
-    """Answers from a table: question -> (intent, confidence, scope, text), or fails as told."""
+    """Answers from a table: question -> (intent, confidence, scope, text), or fails as told.
+
+    Sure above 0.5, cautious above 0.3; remembers the last conversation it was asked to answer.
+    """
 
     def __init__(self, known: dict[str, tuple[str, float, float, str]], fits: int = 99) -> None:
         super().__init__("knowing", None)
-        self.known, self.fits, self.at_once, self.most = known, fits, 0, 0
+        self.known, self.fits = known, fits
+        self.asked: Sequence[Message] = ()
 
     async def stream(self, messages: Sequence[Message], params: Params) -> AsyncIterator[Event]:
         if len(messages) > self.fits or messages[-1].text == "too long":
             raise ContextTooLong("The question is too long.")
+        self.asked = messages
         intent, confidence, scope, text = self.known[messages[-1].text]
-        band: Any = "out_of_scope" if scope < 0.5 else "answer" if confidence > 0.5 else "hand_on"
+        sure: Band = "answer" if confidence > 0.5 else "caution" if confidence > 0.3 else "hand_on"
+        band: Band = "out_of_scope" if scope < 0.5 else sure
         yield Started("knowing", intent, confidence, scope, band)
         yield Delta(fill(text, params.facts))
         yield Finished("stop", Usage())
@@ -155,6 +181,31 @@ async def test_the_reason_is_what_the_models_own_thresholds_say() -> None:
     )
     answers = await evaluation.ask_all(known, [row("sure"), row("unsure"), row("far")])
     assert [answer.reason for answer in answers] == ["", "low_confidence", "out_of_scope"]
+
+
+async def test_earlier_answers_stand_in_a_conversation_as_a_chat_would_have_kept_them() -> None:
+    known = Knowing(
+        {
+            "cancel 48213377": ("cancel_order", 0.9, 0.9, "."),
+            "who are you?": ("greeting", 0.9, 0.1, "."),
+            "last": ("a", 0.9, 0.9, "Yes."),
+        }
+    )
+    messages = (
+        Message("user", "cancel 48213377"),
+        Message("assistant", "Select {{Order Number}} or call {{Support Phone}}."),
+        Message("user", "who are you?"),
+        Message("assistant", "A program."),
+        Message("user", "last"),
+    )
+    await evaluation.ask_all(known, [Row("1", messages)])
+    assert known.asked == [
+        messages[0],
+        Message("assistant", "Select 48213377 or call our support line.", "cancel_order"),
+        messages[2],
+        Message("assistant", "A program.", "out_of_scope"),
+        messages[4],
+    ]
 
 
 async def test_a_conversation_that_does_not_fit_loses_its_oldest_turns() -> None:
@@ -261,9 +312,55 @@ async def test_each_kind_has_figures_of_its_own() -> None:
     }
 
 
+async def test_a_kind_on_one_side_of_the_scope_is_held_against_the_whole_other_side() -> None:
+    rows, answers = await judged(
+        (row("q1", scope="in", kind="polite"), ("a", 0.9, 0.9, "Done.")),
+        (row("q2", scope="in", kind="rude"), ("a", 0.9, 0.3, "Done.")),
+        (row("q3", scope="out", kind="far"), ("a", 0.9, 0.1, "No.")),
+        (row("q4", scope="out", kind="near"), ("a", 0.9, 0.5, "No.")),
+    )
+    by = evaluation.report("m", rows, answers)["by"]
+    found = {kind: one["scope_auroc"] for kind, one in by.items()}
+    assert found == {"polite": 1.0, "rude": 0.5, "far": 1.0, "near": 0.5}
+
+
+async def test_the_bands_say_what_becomes_of_a_question() -> None:
+    rows, answers = await judged(
+        (row("q1", scope="in"), ("a", 0.9, 0.9, "Done.")),
+        (row("q2", scope="in"), ("a", 0.4, 0.9, "Done.")),
+        (row("q3", scope="in"), ("a", 0.2, 0.9, "Done.")),
+        (row("q4", scope="in"), ("a", 0.9, 0.1, "No.")),
+        (row("q5", scope="out"), ("a", 0.9, 0.1, "No.")),
+    )
+    found = evaluation.figures(rows, answers)
+    assert (found.answered, found.with_caution, found.handed_on) == (0.2, 0.2, 0.2)
+    assert (found.turned_away, found.out_of_scope_found) == (0.25, 1.0)
+
+
+async def test_a_conversation_is_on_topic_when_its_last_question_is_understood() -> None:
+    talk = (Message("user", "hello"), Message("assistant", "Hello."))
+    known = Knowing(
+        {
+            "hello": ("greeting", 0.9, 0.9, "Hello."),
+            "right": ("a", 0.9, 0.9, "."),
+            "wrong": ("b", 0.9, 0.9, "."),
+            "off": ("b", 0.9, 0.1, "."),
+        }
+    )
+    wanted = {"right": ("a", "in"), "wrong": ("a", "in"), "off": (None, "out")}
+    rows = [
+        Row(text, (*talk, Message("user", text)), intent=intent, scope=scope)
+        for text, (intent, scope) in wanted.items()
+    ]
+    rows.append(row("right", intent="a"))
+    answers = await evaluation.ask_all(known, rows)
+    several = evaluation.report("m", rows, answers)["several_turns"]
+    assert several == {"rows": 3, "right_topic": 0.6667}
+
+
 def test_predictions_survive_any_text_on_one_line_each() -> None:
-    answer = Answer("1", "a", 0.5, 0.5, "model", "", "one\ntwo\r\u0000", 1.0, True)
+    answer = Answer("1", "a", 0.5, 0.5, "model", "", "one\ntwo\r\u0000", 1.0, True, "answer")
     (line,) = evaluation.prediction_lines([answer])
     assert "\n" not in line and "\r" not in line
     assert json.loads(line)["text"] == answer.text
-    assert "finished" not in json.loads(line)
+    assert {"finished", "band"}.isdisjoint(json.loads(line))

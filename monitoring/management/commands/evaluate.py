@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,56 @@ class Command(BaseCommand):
             "examples:\n"
             "  manage.py evaluate\n"
             "  manage.py evaluate --dataset questions.jsonl.gz --predictions answers.jsonl\n"
+            "  manage.py evaluate --plot calibration.png  how far confidence can be trusted\n"
             "  manage.py evaluate --fail-under 0.9        exit 1 if intent accuracy is lower\n\n"
             'a row: {"query": "..."} or {"turns": [{"role", "text"}]}, plus any of intent, scope\n'
             "(in/out), answer, attack, id, kind"
         )
-        parser.add_argument("--dataset", type=Path, help="JSON Lines, .gz allowed")
+        parser.add_argument(
+            "--dataset", type=Path, help="JSON Lines, .gz allowed (default: the golden set)"
+        )
         parser.add_argument("--model", type=Path, help="model folder (default: the one in use)")
         parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
         parser.add_argument("--predictions", type=Path, metavar="OUT", help="one line a row")
+        parser.add_argument("--plot", type=Path, metavar="PNG", help="diagrams (needs matplotlib)")
         parser.add_argument("--fail-under", type=_share, metavar="F", help="0..1, intent accuracy")
 
     def handle(self, *args: Any, **options: Any) -> None:
         from assistant.errors import AssistantError
+        from assistant.modelkit import diagrams
         from monitoring import evaluation
 
-        _refuse_unwritable(options["predictions"])
         try:
-            rows = evaluation.read_dataset(options["dataset"] or evaluation.GOLDEN)
-            name, answers = self._answers(rows, options)
-        except (evaluation.DatasetError, AssistantError) as error:
+            if options["plot"]:
+                diagrams.check(options["plot"])
+            for path in (options["predictions"], options["plot"]):
+                _refuse_unwritable(path)
+            chosen = options["dataset"]
+            rows = evaluation.read_dataset(chosen) if chosen else evaluation.read_golden()
+            if options["plot"] and not any(row.intent for row in rows):
+                raise CommandError("--plot needs rows with an intent, and there is none.")
+            manifest, answers = self._answers(rows, options)
+            report = evaluation.report(_name(manifest, options), rows, answers)
+            if options["predictions"]:
+                _write_predictions(options["predictions"], answers)
+            if options["plot"]:
+                _plot(options["plot"], report["model"], manifest, rows, answers)
+        except (evaluation.DatasetError, AssistantError, diagrams.DiagramError) as error:
             raise CommandError(str(error)) from error
-        report = evaluation.report(name, rows, answers)
-        if options["predictions"]:
-            with options["predictions"].open("w", encoding="utf-8", errors="replace") as file:
-                file.writelines(f"{line}\n" for line in evaluation.prediction_lines(answers))
-        self.stdout.write(json.dumps(report, indent=2) if options["json"] else _table(report))
+        self.stdout.write(json.dumps(report, indent=2) if options["json"] else _tables(report))
         self._judge(report, options["fail_under"])
 
-    def _answers(self, rows: Any, options: dict[str, Any]) -> tuple[str, Any]:
+    def _answers(self, rows: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         from assistant.backends.onnx import OnnxBackend
         from assistant.backends.onnx import Options as OnnxOptions
         from monitoring import evaluation
 
-        folder = options["model"] or Path(_configured_model())
-        backend = OnnxBackend("evaluate", OnnxOptions(str(folder), max_queue=256))
+        backend = OnnxBackend("evaluate", OnnxOptions(str(_folder(options)), max_queue=256))
         try:
             backend.check()
             done = _Progress(len(rows), quiet=options["json"])
             answers = asyncio.run(evaluation.ask_all(backend, rows, done=done))
-            manifest = backend.engine.manifest
-            return (f"{manifest.name}@{manifest.version}" if manifest else str(folder)), answers
+            return backend.engine.manifest, answers
         finally:
             backend.close()
 
@@ -95,10 +106,37 @@ def _refuse_unwritable(path: Path | None) -> None:
         raise CommandError(f"Cannot write {path}: {error.strerror}.") from error
 
 
-def _configured_model() -> str:
+def _folder(options: dict[str, Any]) -> Path:
     from django.conf import settings
 
-    return str(settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]["model_dir"])
+    return Path(options["model"] or settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]["model_dir"])
+
+
+def _name(manifest: Any, options: dict[str, Any]) -> str:
+    return f"{manifest.name}@{manifest.version}" if manifest else str(_folder(options))
+
+
+def _write_predictions(path: Path, answers: Any) -> None:
+    from monitoring import evaluation
+
+    with path.open("w", encoding="utf-8", errors="replace") as file:
+        file.writelines(f"{line}\n" for line in evaluation.prediction_lines(answers))
+
+
+def _plot(path: Path, name: str, manifest: Any, rows: Any, answers: Any) -> None:
+    """Raises: DiagramError."""
+    from assistant.modelkit import diagrams
+    from monitoring import evaluation
+
+    labelled = [row for row in evaluation.judged(rows, answers) if row.wanted]
+    fitted = manifest.calibration if manifest else None
+    diagrams.calibration(
+        [row.confidence for row in labelled],
+        [row.right for row in labelled],
+        path,
+        title=name,
+        bands=diagrams.Bands(fitted.answer_from, fitted.caution_from) if fitted else None,
+    )
 
 
 class _Progress:
@@ -116,7 +154,7 @@ class _Progress:
         sys.stderr.write(f"{count:,} of {self._total:,} rows" + ("\r" if self._terminal else "\n"))
 
 
-_COLUMNS = (
+_SCORES = (
     ("rows", "rows"),
     ("intent_accuracy", "intent"),
     ("scope_auroc", "scope AUROC"),
@@ -126,18 +164,36 @@ _COLUMNS = (
     ("well_ended", "ended"),
     ("answer_similarity", "similarity"),
 )
+_FATES = (
+    ("rows", "rows"),
+    ("answered", "answered"),
+    ("with_caution", "with caution"),
+    ("handed_on", "handed on"),
+    ("turned_away", "turned away"),
+    ("out_of_scope_found", "found"),
+)
 
 
-def _table(report: dict[str, Any]) -> str:
-    lines = [f"model {report['model']}", ""]
-    lines.append("kind".ljust(14) + "".join(title.rjust(14) for _, title in _COLUMNS))
-    for kind, found in [*report["by"].items(), ("all", report)]:
-        lines.append(kind[:13].ljust(14) + "".join(_cell(found[key]) for key, _ in _COLUMNS))
-    lines += ["", f"{len(report['failures'])} rows went wrong (first 50 kept; --json lists them)"]
+def _tables(report: dict[str, Any]) -> str:
+    """How good, what becomes of a question, and a line on conversations."""
+    lines = [f"model {report['model']}", "", *_table(report, _SCORES), ""]
+    lines += ["What becomes of a question (turned away: of those in scope; found: of the others)"]
+    lines += [*(f"  {line}" for line in _table(report, _FATES)), ""]
+    talks = report["several_turns"]
+    if talks["rows"]:
+        lines.append(f"several turns: right topic {talks['right_topic']:.1%} of {talks['rows']}")
+    lines.append(f"{len(report['failures'])} rows went wrong (first 50 kept; --json lists them)")
     return "\n".join(lines)
+
+
+def _table(report: dict[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
+    lines = ["kind".ljust(15) + "".join(title.rjust(13) for _, title in columns)]
+    for kind, found in [*report["by"].items(), ("all", report)]:
+        lines.append(kind[:14].ljust(15) + "".join(_cell(found[key]) for key, _ in columns))
+    return lines
 
 
 def _cell(value: float | int | None) -> str:
     if value is None:
-        return "-".rjust(14)
-    return (f"{value:,}" if isinstance(value, int) else f"{value:.3f}").rjust(14)
+        return "-".rjust(13)
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.3f}").rjust(13)
