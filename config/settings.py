@@ -203,6 +203,8 @@ INSTALLED_APPS = [
     "rest_framework",
     "knox",
     "drf_standardized_errors",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
     "csp",
     "django_ratelimit",  # only for its checks of the cache
     "monitoring",
@@ -270,6 +272,8 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 LOGIN_URL = "/accounts/login/"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "/"
+# Knox itself has this default, but migrations read the setting.
+KNOX_TOKEN_MODEL = "knox.AuthToken"  # noqa: S105
 REST_KNOX = {
     "AUTH_HEADER_PREFIX": "Bearer",  # what OpenAI clients and curl examples send
     # Knox's ten hours suit browser logins; these keys sit in other servers' settings.
@@ -282,12 +286,34 @@ REST_FRAMEWORK = {
         "conversations.access.TokenAuthentication",  # first: its challenge is the 401's header
         "conversations.access.VisitorAuthentication",
     ],
-    "DEFAULT_PERMISSION_CLASSES": ["conversations.access.HasCaller"],
+    "DEFAULT_PERMISSION_CLASSES": [
+        "conversations.access.HasCaller",
+        "conversations.access.HasScope",
+    ],
     "DEFAULT_PARSER_CLASSES": ["conversations.access.BoundedJSONParser"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_CONTENT_NEGOTIATION_CLASS": "conversations.access.OneFormat",
+    "DEFAULT_SCHEMA_CLASS": "conversations.schema.TableSchema",
     "EXCEPTION_HANDLER": "drf_standardized_errors.handler.exception_handler",
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Inhouse",
+    "DESCRIPTION": "Conversations with an assistant that lives inside this product.",
+    "VERSION": "1",
+    "OAS_VERSION": "3.1.0",
+    "SCHEMA_PATH_PREFIX": "/api/v1",
+    "PREPROCESSING_HOOKS": ["conversations.schema.only_ours"],
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SWAGGER_UI_DIST": "SIDECAR",  # our own files: a page that loads from a CDN is blank offline
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    # The same set of values is one type, whatever field it is in.
+    "ENUM_NAME_OVERRIDES": {
+        "ErrorCode": "conversations.schema.ERROR_CODES",
+        "Role": "conversations.models.Message.Role",
+        "Verdict": "conversations.models.Feedback.Value",
+        "FeedbackReason": "conversations.models.Feedback.Reason",
+    },
 }
 DRF_STANDARDIZED_ERRORS = {
     "EXCEPTION_HANDLER_CLASS": "conversations.wire.ProblemHandler",
@@ -358,6 +384,10 @@ else:
 RATELIMIT_USE_CACHE = "ratelimit"
 ASSISTANT_RATE = env_rate(
     "ASSISTANT_RATE", "20/m", "Questions per caller and period (s, m, h, d), or off."
+)
+# Twenty wrong passwords in five minutes is nobody who knows theirs, even behind a shared address.
+ASSISTANT_LOGIN_RATE = env_rate(
+    "ASSISTANT_LOGIN_RATE", "20/5m", "Tries to sign in per address and period, or off."
 )
 ASSISTANT_ANONYMOUS = env_flag(
     "ASSISTANT_ANONYMOUS", DEBUG, "Visitors may chat in the web page without signing in."

@@ -5,15 +5,20 @@ from __future__ import annotations
 from django.contrib import admin
 from django.urls import include, path
 
-from conversations import views
+from conversations import reference, tokens, views
+from conversations.access import GuardedAdminLogin
 
 admin.site.site_header = admin.site.site_title = "Inhouse"
 admin.site.index_title = "Staff"
+admin.site.login_form = GuardedAdminLogin
 
 urlpatterns = [
     path("", include("conversations.urls")),
     path("accounts/login/", views.LoginView.as_view(), name="login"),
     path("accounts/logout/", views.LogoutView.as_view(), name="logout"),
+    path("accounts/tokens/", tokens.Tokens.as_view(), name="tokens"),
+    path("api/schema/", reference.Schema.as_view(), name="schema"),
+    path("api/docs/", reference.docs, name="docs"),
     path("admin/", admin.site.urls),
     path("livez", views.livez, name="livez"),
 ]

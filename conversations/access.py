@@ -16,8 +16,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from django.conf import settings
+from django.contrib.admin.forms import AdminAuthenticationForm
 from django.contrib.auth import get_user
+from django.contrib.auth.forms import AuthenticationForm
 from django.contrib.auth.models import AnonymousUser
+from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponseBase
 from django.utils.decorators import sync_and_async_middleware
 from knox.auth import TokenAuthentication as KnoxAuthentication
@@ -25,10 +28,12 @@ from rest_framework import exceptions
 from rest_framework.authentication import SessionAuthentication
 from rest_framework.negotiation import DefaultContentNegotiation
 from rest_framework.parsers import JSONParser
-from rest_framework.permissions import BasePermission
+from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
-from conversations.limits import Caller, client_address
+from assistant.errors import RateLimited
+from conversations.limits import Caller, client_address, take_login
+from conversations.models import ApiToken
 
 #: Key inside the session; its value owns a visitor's conversations, across a new cookie at login.
 VISITOR = "visitor"
@@ -43,7 +48,9 @@ class TokenAuthentication(KnoxAuthentication):  # type: ignore[misc]
     def authenticate_credentials(self, token: bytes) -> tuple[Any, Any]:
         if not re.fullmatch(rb"[0-9A-Za-z_-]{16,200}", token):
             raise exceptions.AuthenticationFailed("Invalid token.")
-        return cast(tuple[Any, Any], super().authenticate_credentials(token))
+        user, found = super().authenticate_credentials(token)
+        found.scopes = ApiToken.objects.use(found)
+        return user, found
 
 
 class VisitorAuthentication(SessionAuthentication):
@@ -65,6 +72,39 @@ class HasCaller(BasePermission):
 
     def has_permission(self, request: Request, view: Any) -> bool:
         return bool(request.user.is_authenticated or isinstance(request.auth, str))
+
+
+class HasScope(BasePermission):
+    """A token does what it was made for: ``read`` to look, ``chat`` for all else.
+
+    A view may ask for another by its attribute ``scope``. Logins have CSRF instead of scopes.
+    """
+
+    def has_permission(self, request: Request, view: Any) -> bool:
+        held = getattr(request.auth, "scopes", None)
+        if held is None:
+            return True
+        usual = "read" if request.method in SAFE_METHODS else "chat"
+        needed = getattr(view, "scope", usual)
+        self.message = f'This token does not have the scope "{needed}". Make one that has.'
+        return needed in held
+
+
+class GuardedLogin(AuthenticationForm):
+    """Django's, but the tries of one address are counted, before a password is looked at."""
+
+    def clean(self) -> dict[str, Any]:
+        meta = getattr(self.request, "META", {})
+        headers = getattr(self.request, "headers", {})
+        try:
+            take_login(_address(meta.get("REMOTE_ADDR", ""), headers))
+        except RateLimited as error:
+            raise ValidationError(error.message, "rate_limited") from None
+        return super().clean()
+
+
+class GuardedAdminLogin(GuardedLogin, AdminAuthenticationForm):
+    """The same for the admin's page, which also asks for staff."""
 
 
 def caller_of(request: Request) -> Caller:
@@ -107,8 +147,10 @@ def _caller_by_token(header: str, address: str) -> Caller | None:
     if scheme.lower() != "bearer":
         return None
     try:
-        user, _token = TokenAuthentication().authenticate_credentials(key.strip().encode())
+        user, token = TokenAuthentication().authenticate_credentials(key.strip().encode())
     except exceptions.AuthenticationFailed:
+        return None
+    if "chat" not in token.scopes:  # a socket is for chatting
         return None
     return Caller(user.pk, address=address)
 

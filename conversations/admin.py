@@ -11,9 +11,11 @@ from django.contrib import admin
 from django.core.paginator import Paginator
 from django.db.models import Exists, OuterRef, QuerySet
 from django.http import HttpRequest
+from django.urls import reverse
 from django.utils.functional import cached_property
+from django.utils.html import format_html
 
-from conversations.models import Conversation, Message
+from conversations.models import Conversation, Feedback, Message
 
 #: Messages shown below a conversation; the rest are behind the message list's filter.
 INLINE_MESSAGES = 200
@@ -45,7 +47,7 @@ class CheapPaginator(Paginator):  # type: ignore[type-arg]
 
 class MessageInline(ReadOnly, admin.TabularInline):  # type: ignore[type-arg]
     model = Message
-    fields = ("seq", "role", "text", "status", "route", "degraded_reason")
+    fields = ("seq", "shown", "role", "text", "status", "route", "degraded_reason")
     readonly_fields = fields
     ordering = ["seq"]
     extra = 0
@@ -109,3 +111,26 @@ class MessageAdmin(CheapList):
     @admin.display(description="text")
     def shortened(self, message: Message) -> str:
         return message.text[:120] or "(empty)"
+
+
+@admin.register(Feedback)
+class FeedbackAdmin(CheapList):
+    """What readers thought of answers, with the way to the conversation."""
+
+    list_display = ["value", "reason", "text", "answer", "conversation", "created_at"]
+    list_filter = ["value", "reason", "message__route"]
+    list_select_related = ["message__conversation"]
+    search_fields = ["text"]
+    fields = ("value", "reason", "text", "answer", "conversation", "created_at")
+    readonly_fields = fields
+    ordering = ["-created_at"]
+
+    @admin.display()
+    def answer(self, feedback: Feedback) -> str:
+        return feedback.message.text[:200] or "(empty)"
+
+    @admin.display()
+    def conversation(self, feedback: Feedback) -> str:
+        held = feedback.message.conversation
+        path = reverse("admin:conversations_conversation_change", args=[held.pk])
+        return format_html('<a href="{}">{}</a>', path, held)

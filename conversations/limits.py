@@ -108,6 +108,17 @@ def take(caller: Caller) -> None:
         )
 
 
+def take_login(address: str) -> None:
+    """Count one try to sign in, by address: nobody locks others out. Raises: RateLimited."""
+    rate = settings.ASSISTANT_LOGIN_RATE
+    if rate is None:
+        return
+    usage = _usage(f"login:{address}", rate)
+    if usage["should_limit"]:
+        wait = max(1, int(usage["time_left"]))
+        raise RateLimited(f"Too many tries to sign in. Wait {wait} s.", retry_after_s=wait)
+
+
 def _usage(key: str, rate: str) -> Mapping[str, Any]:
     request = SimpleNamespace(method="POST", META={})
     try:

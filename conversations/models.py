@@ -7,7 +7,10 @@ that every process must agree on: one order of messages, and one running answer 
 from __future__ import annotations
 
 import uuid
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from django.conf import settings
 from django.db import models
@@ -19,6 +22,8 @@ from conversations.limits import Caller
 #: A running answer writes a sign of life every 2 s; after four missed ones its process is gone.
 ALIVE_EVERY_S = 2.0
 STALE_AFTER = timedelta(seconds=8)
+#: "Last used" is true to the minute; more would be a write a request.
+NOTE_USE_EVERY = timedelta(minutes=1)
 
 
 class ConversationQuerySet(models.QuerySet["Conversation"]):
@@ -70,6 +75,10 @@ class MessageQuerySet(models.QuerySet["Message"]):
         mine = Conversation.objects.visible_to(caller)
         return self.filter(conversation__in=mine)
 
+    def on_the_page(self) -> MessageQuerySet:
+        """The branch that is shown: of every message the newest version."""
+        return self.filter(shown=True)
+
     def reap(self, now: datetime | None = None) -> int:
         """Mark answers whose process died as interrupted, with the text that was saved."""
         now = now or timezone.now()
@@ -103,6 +112,13 @@ class Message(models.Model):
         Conversation, on_delete=models.CASCADE, related_name="messages"
     )
     seq = models.PositiveIntegerField()
+    #: What this follows: an answer its question, a question the answer before it. Several with one
+    #: parent are versions of each other; the newest is shown, and what followed the older is not.
+    #: DO_NOTHING: it is in the same conversation and goes with it, in one statement.
+    parent = models.ForeignKey(
+        "self", on_delete=models.DO_NOTHING, null=True, blank=True, related_name="versions"
+    )
+    shown = models.BooleanField(default=True)
     role = models.CharField(max_length=10, choices=Role)
     text = models.TextField(blank=True, default="")
     html = models.TextField(blank=True, default="")
@@ -125,6 +141,9 @@ class Message(models.Model):
     alive_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
+    #: The ids of all versions of this message, if there are several and ``note_siblings`` looked.
+    siblings: tuple[str, ...] = ()
+
     objects = MessageQuerySet.as_manager()
 
     class Meta:
@@ -146,3 +165,96 @@ class Message(models.Model):
 
     def __str__(self) -> str:
         return f"{self.role} {self.seq}"
+
+
+def note_siblings(messages: Sequence[Message]) -> None:
+    """Tell each of these its versions, oldest first; one statement for all.
+
+    A group has versions if one of it is not shown; rows that never had a parent are no group.
+    """
+    near = Q(parent__in={m.parent_id for m in messages if m.parent_id}) | Q(parent=None)
+    rows = Message.objects.filter(near, conversation__in={m.conversation_id for m in messages})
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    replaced = set()
+    columns = ("conversation_id", "parent_id", "role", "pk", "shown")
+    for *key, pk, shown in rows.order_by("seq").values_list(*columns):
+        groups[tuple(key)].append(str(pk))
+        if not shown:
+            replaced.add(tuple(key))
+    for message in messages:
+        found = (message.conversation_id, message.parent_id, message.role)
+        message.siblings = tuple(groups[found]) if found in replaced else ()
+
+
+class Feedback(models.Model):
+    """What the reader of an answer thinks of it. Only the owner of a conversation reads it, so one
+    a message is one a user and message."""
+
+    class Value(models.TextChoices):
+        UP = "up"
+        DOWN = "down"
+
+    class Reason(models.TextChoices):
+        WRONG = "wrong"
+        INCOMPLETE = "incomplete"
+        OFF_TOPIC = "off_topic"
+        UNCLEAR = "unclear"
+        UNSAFE = "unsafe"
+        OTHER = "other"
+
+    MAX_TEXT_CHARS = 1_000
+
+    message = models.OneToOneField(
+        Message, on_delete=models.CASCADE, primary_key=True, related_name="feedback"
+    )
+    value = models.CharField(max_length=4, choices=Value)
+    reason = models.CharField(max_length=12, choices=Reason, blank=True, default="")
+    text = models.CharField(max_length=MAX_TEXT_CHARS, blank=True, default="")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        verbose_name_plural = "feedback"
+        ordering = ["-created_at"]
+        indexes = [models.Index(fields=["value", "-created_at"], name="feedback_value")]
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class ApiTokenManager(models.Manager["ApiToken"]):
+    def use(self, token: Any) -> frozenset[str]:
+        """What that token of Knox may do, and a note that it was used now.
+
+        A token without a row here was made by other means, with all that its user may do.
+        """
+        grant, _ = self.get_or_create(token=token)
+        now = timezone.now()
+        if grant.last_used_at is None or grant.last_used_at < now - NOTE_USE_EVERY:
+            self.filter(pk=grant.pk).update(last_used_at=now)
+        held = set(grant.scopes)
+        return frozenset(held if token.user.is_staff else held - {ApiToken.Scope.ADMIN})
+
+
+def _usual_scopes() -> list[str]:
+    return ["read", "chat"]
+
+
+class ApiToken(models.Model):
+    """What Knox does not know of its tokens: name, scopes, last use."""
+
+    class Scope(models.TextChoices):
+        READ = "read", "read: see conversations and messages, export them"
+        CHAT = "chat", "chat: ask, change and delete"
+        ADMIN = "admin", "admin: what only staff may"
+
+    token = models.OneToOneField(
+        "knox.AuthToken", on_delete=models.CASCADE, primary_key=True, related_name="grant"
+    )
+    name = models.CharField(max_length=60, default="made without a name")
+    scopes = models.JSONField(default=_usual_scopes)
+    last_used_at = models.DateTimeField(null=True, blank=True)
+
+    objects = ApiTokenManager()
+
+    def __str__(self) -> str:
+        return self.name

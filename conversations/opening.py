@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from django.conf import settings
@@ -17,10 +18,10 @@ from django.db import IntegrityError, transaction
 from django.utils import timezone
 
 from assistant import backends, facts, types
-from assistant.errors import AssistantError, Conflict, InvalidRequest, NotFound
+from assistant.errors import AssistantError, Conflict, ContextTooLong, InvalidRequest, NotFound
 from conversations import history, limits
 from conversations.limits import Caller
-from conversations.models import Conversation, Message
+from conversations.models import Conversation, Feedback, Message, note_siblings
 from fallback import answers
 from fallback.router import Ask
 
@@ -29,6 +30,8 @@ OUT_OF_SCOPE = "out_of_scope"
 #: Earlier messages looked at; more never fit a context of 1,024 tokens.
 MAX_EARLIER = 60
 TITLE_CHARS = 80
+#: Another answer to the same question: varied, and still from the words the model is sure of.
+AGAIN_TEMPERATURE, AGAIN_TOP_P = 0.7, 0.9
 #: The columns that say how an answer ended.
 RESULT_FIELDS = (
     *("text", "html", "status", "route", "degraded_reason", "intent", "confidence", "scope"),
@@ -41,12 +44,26 @@ _RETRYABLE = {Message.Status.FAILED, Message.Status.INTERRUPTED, Message.Status.
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The stored rows (``question`` is None on a retry) and all the router needs."""
+    """The rows (``question`` is None on a retry) and all the router needs."""
 
     conversation: Conversation
     question: Message | None
     answer: Message
     ask: Ask
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A conversation that the caller brings along: questions with their answers, oldest first.
+
+    ``whole``: refuse what does not fit, instead of leaving out the oldest of it.
+    """
+
+    question: str
+    earlier: tuple[tuple[types.Message, types.Message], ...] = ()
+    system: str = ""
+    whole: bool = False
 
 
 def first_run(
@@ -66,6 +83,34 @@ def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
     return _store_retry(message, ask)
 
 
+def passing_run(caller: Caller, said: Said, params: types.Params, steps: tuple[str, ...]) -> Opened:
+    """Rows that are never stored, for a conversation the caller brings. Raises: ContextTooLong."""
+    ask = replace(_ask_of(caller, said, params), steps=steps)
+    conversation = Conversation(user_id=caller.user_id, session_key=caller.session_key)
+    answer = Message(conversation=conversation, seq=1, role="assistant", status="streaming")
+    return Opened(conversation, None, answer, ask, stored=False)
+
+
+def new_version(caller: Caller, message_id: uuid.UUID, text: str | None) -> Opened:
+    """Another answer (``text`` None, the id an answer's), or the question put differently.
+
+    What was there stays, with all that followed it, and is not shown any more.
+    Raises: AssistantError.
+    """
+    message = _replaceable(caller, message_id, "assistant" if text is None else "user")
+    limits.take(caller)
+    asked = _question_of(message) if text is None else message
+    ask = _ask(
+        caller, message.conversation, text or asked.text, before=asked.seq, params=_again(text)
+    )
+    return _store_version(caller, message, text, ask)
+
+
+def _again(text: str | None) -> types.Params | None:
+    """The same question once more is meant to be answered differently."""
+    return None if text else replace(_params(), temperature=AGAIN_TEMPERATURE, top_p=AGAIN_TOP_P)
+
+
 def _ask(
     caller: Caller,
     conversation: Conversation | None,
@@ -75,13 +120,44 @@ def _ask(
     params: types.Params | None,
 ) -> Ask:
     """Everything the router needs. Raises: ContextTooLong."""
-    params = params or types.Params(max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"])
+    params = params or _params()
+    earlier = _earlier(conversation, before) if conversation is not None else []
+    return _ask_of(caller, Said(question, tuple(earlier)), params)
+
+
+def _ask_of(caller: Caller, said: Said, params: types.Params) -> Ask:
+    """The same, of what was said. Raises: ContextTooLong."""
     known = {**facts.known_facts(_user(caller)), **params.facts}
     params = replace(params, scope=caller.key, facts=known)
-    earlier = _earlier(conversation, before) if conversation is not None else []
     count, budget = _measure(params)
-    messages = history.fit(earlier, question, budget_tokens=budget, count=count)
-    return Ask(tuple(messages), params, answers.known())
+    system = _system(said.system, budget, count)
+    budget -= sum(count(message.text) + history.TOKENS_PER_MESSAGE for message in system)
+    messages = history.fit(said.earlier, said.question, budget_tokens=budget, count=count)
+    if said.whole and len(messages) < 2 * len(said.earlier) + 1:
+        raise ContextTooLong("The conversation is too long to be read whole. Shorten it.")
+    return Ask((*system, *messages), params, answers.known())
+
+
+def _system(text: str, budget: int, count: Callable[[str], int]) -> list[types.Message]:
+    """The system's text as a message, if the answering model was made to read one.
+
+    Raises: ContextTooLong if it leaves no room for a question.
+    """
+    alias = backends.answering()
+    if not text or alias is None:
+        return []
+    try:
+        if not backends.get(alias).reads_system():
+            return []
+    except AssistantError:
+        return []  # no model: rules answer, and they read only the question
+    if count(text) + history.TOKENS_PER_MESSAGE >= budget:
+        raise ContextTooLong("The system's text leaves no room for a question. Shorten it.")
+    return [types.Message("system", text)]
+
+
+def _params() -> types.Params:
+    return types.Params(max_new_tokens=settings.ASSISTANT["MAX_NEW_TOKENS"])
 
 
 def _user(caller: Caller) -> Any:
@@ -109,7 +185,7 @@ def _earlier(
     conversation: Conversation, before: int | None
 ) -> list[tuple[types.Message, types.Message]]:
     """Questions with an answer that people saw, oldest first."""
-    rows = conversation.messages.order_by("-seq")
+    rows = conversation.messages.on_the_page().order_by("-seq")
     if before is not None:
         rows = rows.filter(seq__lt=before)
     pairs: list[tuple[types.Message, types.Message]] = []
@@ -137,19 +213,29 @@ def _store_question(
     try:
         with transaction.atomic():
             held = _held(caller, conversation, question)
-            last = held.messages.order_by("-seq").values_list("seq", flat=True).first() or 0
-            asked = Message(conversation=held, seq=last + 1, role="user", text=question)
-            answer = Message(
-                conversation=held,
-                seq=last + 2,
-                role="assistant",
-                status=Message.Status.STREAMING,
-                alive_at=timezone.now(),
-            )
+            before = held.messages.on_the_page().order_by("-seq").first()
+            asked = _question(held, before, question)
+            answer = _empty_answer(asked)
             Message.objects.bulk_create([asked, answer])
     except IntegrityError:
         raise _busy() from None
     return Opened(held, asked, answer, ask)
+
+
+def _question(held: Conversation, after: Message | None, text: str) -> Message:
+    last = held.messages.order_by("-seq").values_list("seq", flat=True).first() or 0
+    return Message(conversation=held, seq=last + 1, parent=after, role="user", text=text)
+
+
+def _empty_answer(asked: Message, seq: int | None = None) -> Message:
+    return Message(
+        conversation=asked.conversation,
+        seq=seq or asked.seq + 1,
+        parent=asked,
+        role="assistant",
+        status=Message.Status.STREAMING,
+        alive_at=timezone.now(),
+    )
 
 
 def _held(caller: Caller, conversation: Conversation | None, question: str) -> Conversation:
@@ -179,7 +265,7 @@ def _busy() -> Conflict:
 
 
 def _retryable(caller: Caller, message_id: uuid.UUID) -> Message:
-    found = Message.objects.visible_to(caller).select_related("conversation")
+    found = Message.objects.visible_to(caller).on_the_page().select_related("conversation")
     message = found.filter(pk=message_id, role=Message.Role.ASSISTANT).first()
     if message is None:
         raise NotFound("There is no such answer.")
@@ -192,7 +278,54 @@ def _retryable(caller: Caller, message_id: uuid.UUID) -> Message:
     return message
 
 
+def _replaceable(caller: Caller, message_id: uuid.UUID, role: str) -> Message:
+    """A message of the branch that is shown, in a conversation where nothing is being written."""
+    found = Message.objects.visible_to(caller).select_related("conversation", "parent")
+    message = found.filter(pk=message_id).first()
+    if message is None:
+        raise NotFound("There is no such message.")
+    if message.role != role:
+        raise InvalidRequest("An answer can be regenerated, a question can be edited.")
+    if not message.shown:
+        raise InvalidRequest("This message was replaced. Only what is shown can be changed.")
+    return message
+
+
+def _store_version(caller: Caller, message: Message, text: str | None, ask: Ask) -> Opened:
+    """The new version and its answer, after all that is there. Raises: Conflict, NotFound."""
+    try:
+        with transaction.atomic():
+            held = _held(caller, message.conversation, text or "")
+            rows = held.messages.on_the_page().filter(seq__gte=message.seq)
+            if not rows.filter(pk=message.pk).exists():
+                raise _busy()  # replaced meanwhile, by another tab
+            _link(held)
+            rows.update(shown=False)
+            message.refresh_from_db(fields=["parent"])
+            new = _question(held, message.parent, text or "")
+            if text is None:
+                new = _empty_answer(_question_of(message), new.seq)
+            added = [new] if text is None else [new, _empty_answer(new)]
+            Message.objects.bulk_create(added)
+            note_siblings(added)
+    except IntegrityError:
+        raise _busy() from None
+    return Opened(held, new if text else None, added[-1], ask)
+
+
+def _link(held: Conversation) -> None:
+    """Rows from elsewhere have no parent: before there are versions, each gets one."""
+    rows = list(held.messages.on_the_page().order_by("seq").only("pk", "parent_id"))
+    loose = [(before, row) for before, row in pairwise(rows) if row.parent_id is None]
+    for before, row in loose:
+        row.parent_id = before.pk
+    Message.objects.bulk_update([row for _, row in loose], ["parent"])
+
+
 def _question_of(message: Message) -> Message:
+    """What that answers. Rows without a parent are from elsewhere: the question just before it."""
+    if message.parent is not None:
+        return message.parent
     asked = message.conversation.messages.filter(seq__lt=message.seq, role=Message.Role.USER)
     question = asked.order_by("-seq").first()
     if question is None:
@@ -211,6 +344,7 @@ def _store_retry(message: Message, ask: Ask) -> Opened:
             )
             if not row.update(**values, alive_at=blank.alive_at, attempt=message.attempt + 1):
                 raise _busy()
+            Feedback.objects.filter(message=message).delete()  # it was about the old text
     except IntegrityError:
         raise _busy() from None
     fresh = Message.objects.select_related("conversation").get(pk=message.pk)

@@ -44,6 +44,11 @@ class Running:
             if self._turns.get(turn.conversation_id) is turn:
                 del self._turns[turn.conversation_id]
 
+    def of(self, caller: Caller) -> list[Turn]:
+        """Every turn of that caller in this process."""
+        with self._lock:
+            return [turn for turn in self._turns.values() if turn.caller.key == caller.key]
+
     @contextmanager
     def room_for(self, caller: Caller) -> Iterator[None]:
         """Holds a place while a turn is opened. Raises: RateLimited at the caller's limit."""
@@ -77,6 +82,14 @@ class Running:
 
 
 running = Running()
+
+
+def stop_all(caller: Caller) -> None:
+    """Stop every answer of that caller, wherever it is being written. Sync."""
+    for turn in running.of(caller):
+        turn.close("stopped")
+    rows = Message.objects.visible_to(caller).filter(status=Message.Status.STREAMING)
+    rows.update(status=Message.Status.STOPPED, finish_reason="cancelled")
 
 
 def stop(message: Message) -> bool:

@@ -2,7 +2,8 @@
 
 ``Turn.open`` is sync, touches the database and raises our errors before the first byte. The first
 reader starts the task: route -> log -> persist -> signal. The last two are in ``finally`` and
-shielded, so a message ends complete, stopped, interrupted or failed; never as nothing.
+shielded, so a message ends complete, stopped, interrupted or failed; never as nothing. A turn of
+``Turn.passing`` is the same without the storing.
 Knows no transport (each reads the log, see ``log``) and no other turn (see ``running``).
 """
 
@@ -78,6 +79,17 @@ class TurnRecord:
     finish_reason: str
     error_code: str
     attempt: int
+    #: False: there is no row of that id, and never was.
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who writes an answer, as far as is known; settled once its first delta is shown."""
+
+    route: str
+    reason: str
+    model: str
 
 
 @dataclass(slots=True)
@@ -111,6 +123,7 @@ class Turn:
         self.transport = transport
         self.opened_at = time.monotonic()
         self._ask = opened.ask
+        self._stored = opened.stored
         self._progress = _Progress()
         self._log = Log(
             Created(1, opened.answer, opened.question, opened.conversation),
@@ -129,6 +142,12 @@ class Turn:
     @property
     def done(self) -> bool:
         return self._log.ended
+
+    @property
+    def source(self) -> Source:
+        progress = self._progress
+        model = progress.started.model if progress.started is not None else ""
+        return Source(progress.route, progress.reason, model)
 
     # -- opening: sync, database, our errors
 
@@ -153,6 +172,42 @@ class Turn:
         """A turn that writes a broken answer again, in place. Raises: AssistantError."""
         with running.room_for(caller):
             return running.add(cls(opening.another_run(caller, message_id), caller, transport))
+
+    @classmethod
+    def passing(
+        cls,
+        caller: Caller,
+        said: opening.Said,
+        params: types.Params,
+        *,
+        steps: tuple[str, ...] = (),
+        transport: str,
+    ) -> Turn:
+        """A turn on a conversation the caller brings; nothing of it is ever stored.
+
+        ``steps``: who may answer, instead of the whole route. Raises: AssistantError.
+        """
+        limits.admit(caller, said.question)
+        with running.room_for(caller):
+            opened = opening.passing_run(caller, said, params, steps)
+            return running.add(cls(opened, caller, transport))
+
+    @classmethod
+    def regenerate(cls, caller: Caller, message_id: uuid.UUID, *, transport: str = "rest") -> Turn:
+        """A turn that writes another answer beside that one. Raises: AssistantError."""
+        with running.room_for(caller):
+            opened = opening.new_version(caller, message_id, None)
+            return running.add(cls(opened, caller, transport))
+
+    @classmethod
+    def edit(
+        cls, caller: Caller, message_id: uuid.UUID, text: str, *, transport: str = "rest"
+    ) -> Turn:
+        """A turn that answers that question put differently. Raises: AssistantError."""
+        limits.valid_text(text, limit=settings.ASSISTANT_MAX_TEXT_CHARS)
+        with running.room_for(caller):
+            opened = opening.new_version(caller, message_id, text)
+            return running.add(cls(opened, caller, transport))
 
     # -- reading
 
@@ -241,7 +296,7 @@ class Turn:
 
     async def _stay_alive(self) -> None:
         """Every 2 s, off the token loop: a sign of life and the text so far, for the worst case."""
-        while True:
+        while self._stored:
             await asyncio.sleep(ALIVE_EVERY_S)
             try:
                 found = await _in_thread(self._checkpoint)
@@ -301,6 +356,8 @@ class Turn:
     def _save(self, ending: Ending, error: AssistantError | None) -> Message:
         """The row as it ends, if it is still ours to end."""
         message = self._filled(ending, error)
+        if not self._stored:
+            return message
         values = {name: getattr(message, name) for name in opening.RESULT_FIELDS}
         with transaction.atomic():
             row = Message.objects.filter(pk=message.pk, attempt=message.attempt)
@@ -314,7 +371,8 @@ class Turn:
         progress, started = self._progress, self._progress.started
         message = _snapshot(self.message)
         message.text = progress.text
-        message.html = markdown.render(progress.text) if progress.parts else ""
+        rendered = self._stored and progress.parts
+        message.html = markdown.render(progress.text) if rendered else ""
         message.status = ending
         message.route, message.degraded_reason = progress.route, progress.reason
         if started is not None:
@@ -350,6 +408,7 @@ class Turn:
             finish_reason=message.finish_reason,
             error_code=message.error_code,
             attempt=message.attempt,
+            stored=self._stored,
         )
         for receiver, answer in turn_finished.send_robust(sender=Turn, record=record):
             if isinstance(answer, Exception):
@@ -396,7 +455,9 @@ class Turn:
 def _snapshot(message: Message) -> Message:
     """A copy of the row, so that events already in the log stay as they were."""
     values = {f.attname: getattr(message, f.attname) for f in Message._meta.concrete_fields}
-    return Message.from_db(None, list(values), list(values.values()))
+    copy = Message.from_db(None, list(values), list(values.values()))
+    copy.siblings = message.siblings
+    return copy
 
 
 def _ours(error: Exception) -> AssistantError:

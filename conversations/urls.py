@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from django.urls import path
+from django.urls import path, re_path
 
-from conversations import views
+from conversations import openai_api, privacy, views
 from conversations.consumers import ChatConsumer
 
 urlpatterns = [
@@ -16,8 +16,32 @@ urlpatterns = [
         views.ConversationDetail.as_view(),
         name="conversation",
     ),
+    path(
+        "api/v1/conversations/<uuid:pk>/export/",
+        privacy.ConversationExport.as_view(),
+        name="conversation-export",
+    ),
+    path("api/v1/me/export/", privacy.OwnExport.as_view(), name="own-export"),
+    path("api/v1/me/data/", privacy.OwnData.as_view(), name="own-data"),
     path("api/v1/conversations/<uuid:pk>/messages/", views.Messages.as_view(), name="messages"),
+    path("api/v1/messages/", views.OwnMessages.as_view(), name="own-messages"),
     path("api/v1/messages/<uuid:pk>/cancel/", views.MessageCancel.as_view(), name="message-cancel"),
+    path(
+        "api/v1/messages/<uuid:pk>/regenerate/",
+        views.MessageRegenerate.as_view(),
+        name="message-regenerate",
+    ),
+    path("api/v1/messages/<uuid:pk>/edit/", views.MessageEdit.as_view(), name="message-edit"),
+    path(
+        "api/v1/messages/<uuid:pk>/feedback/",
+        views.MessageFeedback.as_view(),
+        name="message-feedback",
+    ),
+    path("v1/chat/completions", openai_api.ChatCompletions.as_view(), name="chat-completions"),
+    path("v1/responses", openai_api.Responses.as_view(), name="responses"),
+    path("v1/models", openai_api.Models.as_view(), name="models"),
+    path("v1/models/<str:name>", openai_api.Model.as_view(), name="model"),
+    re_path(r"^v1(?:/|$)", openai_api.Elsewhere.as_view()),
 ]
 
 websocket_urlpatterns = [path("ws/chat/<uuid:conversation_id>/", ChatConsumer.as_asgi())]

@@ -7,10 +7,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from drf_standardized_errors.formatter import ExceptionFormatter
@@ -20,8 +21,8 @@ from rest_framework.response import Response
 
 from assistant.errors import AssistantError, InvalidRequest
 from conversations.access import BodyTooLarge, loads
-from conversations.log import Completed, Created, Delta, Failed, Reader, TurnEvent
-from conversations.models import Conversation, Message
+from conversations.log import Completed, Created, Delta, Failed, TurnEvent
+from conversations.models import Conversation, Feedback, Message
 
 # --- The table of errors -------------------------------------------------------------------------
 
@@ -93,6 +94,10 @@ def problem(
     }
 
 
+#: Nobody should hold a request open to try again later than that.
+MAX_RETRY_S = 60
+
+
 class Told(exceptions.APIException):
     """One of our errors on its way through DRF."""
 
@@ -101,6 +106,8 @@ class Told(exceptions.APIException):
         self.status_code = ERRORS[error.code].status
         self.our_code = error.code
         self.wait = error.retry_after_s
+        self.permanent = error.permanent
+        self.param: str | None = getattr(error, "param", None)
 
 
 class ProblemHandler(ExceptionHandler):
@@ -123,10 +130,19 @@ class ProblemHandler(ExceptionHandler):
             content_type="application/problem+json",
         )
 
+    def report_exception(self, exc: exceptions.APIException, response: Response) -> None:
+        """Nothing for one of ours: it is no crash, and Django logs a line for its status."""
+        if not isinstance(exc, Told):
+            super().report_exception(exc, response)
+
     def get_headers(self, exc: exceptions.APIException) -> dict[str, str]:
         headers = cast(dict[str, str], super().get_headers(exc))
         if getattr(exc, "wait", None):
             headers["Retry-After"] = str(max(1, round(cast(Any, exc).wait)))
+        if isinstance(exc, Told) and (exc.status_code >= 500 or exc.status_code in {409, 429}):
+            # OpenAI's clients would try all of these again, soon, whatever they mean.
+            again = not exc.permanent and (exc.wait or 0) <= MAX_RETRY_S
+            headers["X-Should-Retry"] = "true" if again else "false"
         return headers
 
 
@@ -135,10 +151,11 @@ class ProblemFormatter(ExceptionFormatter):
 
     def run(self) -> dict[str, Any]:
         code = _code(self.exc)
+        named = getattr(self.exc, "param", None)
         errors = [
             {
                 "detail": found.detail,
-                "attr": None if found.attr == "non_field_errors" else found.attr,
+                "attr": None if found.attr == "non_field_errors" else found.attr or named,
                 "code": code if found.attr is None else found.code,
             }
             for found in self.get_errors()
@@ -165,8 +182,8 @@ def conversation_json(conversation: Conversation) -> dict[str, Any]:
     return {
         "id": str(conversation.pk),
         "title": conversation.title,
-        "created_at": _time(conversation.created_at),
-        "updated_at": _time(conversation.updated_at),
+        "created_at": time_json(conversation.created_at),
+        "updated_at": time_json(conversation.updated_at),
     }
 
 
@@ -176,6 +193,9 @@ def message_json(message: Message) -> dict[str, Any]:
         "id": str(message.pk),
         "conversation": str(message.conversation_id),
         "seq": message.seq,
+        "parent": str(message.parent_id) if message.parent_id else None,
+        "siblings": list(message.siblings),
+        "shown": message.shown,
         "role": str(message.role),
         "text": message.text,
         "html": message.html,
@@ -189,11 +209,25 @@ def message_json(message: Message) -> dict[str, Any]:
         "ttft_ms": message.ttft_ms,
         "finish_reason": message.finish_reason,
         "error": error if message.error_code else None,
-        "created_at": _time(message.created_at),
+        "feedback": feedback_json(message),
+        "created_at": time_json(message.created_at),
     }
 
 
-def _time(moment: datetime) -> str:
+def feedback_json(message: Message) -> dict[str, Any] | None:
+    """The reader's verdict, if it was fetched with the row; an answer that is new has none."""
+    given: Feedback | None = message._state.fields_cache.get("feedback")
+    if given is None:
+        return None
+    return {
+        "value": given.value,
+        "reason": given.reason or None,
+        "text": given.text,
+        "created_at": time_json(given.created_at),
+    }
+
+
+def time_json(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
@@ -265,14 +299,22 @@ def sse(event: TurnEvent) -> bytes:
     return f"event: {frame['type']}\nid: {event.seq}\ndata: {encode(frame)}\n\n".encode()
 
 
+class Readable(Protocol):
+    """A ``Reader``, or several in one."""
+
+    async def __anext__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
 class EventStream:
     """A turn's log as server-sent events, with a comment when nothing happens for 15 s.
 
     Django calls ``close`` when the client hangs up, from a worker thread.
     """
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, reader: Readable, write: Callable[[Any], bytes] = sse) -> None:
+        self._reader, self._write = reader, write
 
     def __aiter__(self) -> EventStream:
         return self
@@ -280,7 +322,7 @@ class EventStream:
     async def __anext__(self) -> bytes:
         try:
             async with asyncio.timeout(KEEP_ALIVE_S):
-                return sse(await anext(self._reader))
+                return self._write(await anext(self._reader))
         except TimeoutError:
             return b": keep-alive\n\n"
 

@@ -27,11 +27,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question with all that is needed to answer it; the last message is the question."""
+    """A question with all that is needed to answer it; the last message is the question.
+
+    ``steps``: who was asked for by name, instead of the route in settings. A model that was asked
+    for alone answers even if unsure, and its failure is told instead of handed on.
+    """
 
     messages: tuple[Message, ...]
     params: Params
     known: Known
+    steps: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -65,7 +70,7 @@ async def route(ask: Ask) -> AsyncIterator[Routed | Event]:
     Raises: AssistantError from a model that broke after its first delta, and InvalidRequest.
     """
     reason = ""
-    for step in settings.ASSISTANT["ROUTE"]:
+    for step in ask.steps or settings.ASSISTANT["ROUTE"]:
         try:
             async with aclosing(_step(step, ask, reason)) as events:
                 async for event in events:
@@ -109,13 +114,13 @@ async def _human(ask: Ask, reason: str) -> AsyncIterator[Routed | Event]:
 
 async def _model(alias: str, ask: Ask) -> AsyncIterator[Routed | Event]:
     """The model's events. Anything that goes wrong before its first delta hands the question on."""
-    shown = False
+    shown, alone = False, ask.steps == (alias,)
     try:
         stream = backends.get(alias).stream(ask.messages, ask.params)
         async with aclosing(cast(Any, stream)) as events:
             async for event in _in_time(events):
                 if isinstance(event, Started):
-                    yield Routed("model", _judged(event))
+                    yield Routed("model", _judged(event, alone=alone))
                 shown = shown or isinstance(event, Delta)
                 yield event
     except (InvalidRequest, _HandOn):
@@ -124,18 +129,18 @@ async def _model(alias: str, ask: Ask) -> AsyncIterator[Routed | Event]:
         if not isinstance(error, (AssistantError, TimeoutError)):
             log.exception("backend %s broke", alias)
             error = GenerationFailed("The model broke. Please try again.")
-        if shown:
+        if shown or alone:
             raise error from None
         raise _HandOn(_reason(error)) from error
 
 
-def _judged(started: Started) -> str:
+def _judged(started: Started, *, alone: bool) -> str:
     """The reason to mark the answer with. Raises: _HandOn if the model had better not answer."""
     if started.band == "out_of_scope":
         return "out_of_scope"  # its own polite refusal is the right answer
-    if started.band == "hand_on":
+    if started.band == "hand_on" and not alone:
         raise _HandOn("low_confidence")
-    return ""
+    return "low_confidence" if started.band == "hand_on" else ""
 
 
 def _reason(error: Exception) -> str:
@@ -161,10 +166,12 @@ async def _in_time(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
 def _whole(route: str, reason: str, answer: str, intent: str, ask: Ask) -> list[Routed | Event]:
     """An answer that is known in full, as the events of one that was written."""
     text = facts.fill(answer, {**facts.known_facts(), **ask.params.facts})
+    for stop in ask.params.stop:
+        text = text.partition(stop)[0]
     return [
         Routed(route, reason),
         Started(model="", intent=intent or None),
-        Delta(text),
+        *([Delta(text)] if text else []),
         Finished("stop", Usage()),
     ]
 

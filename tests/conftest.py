@@ -165,7 +165,7 @@ def serving(name: str, database: Path, folder: Path, **extra: str) -> Iterator[S
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
+    for _ in range(1_200):  # a machine that trains a model beside takes half a minute
         assert process.poll() is None, log.read_text()
         address = f"http://127.0.0.1:{port}/livez"
         with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):

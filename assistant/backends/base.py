@@ -42,6 +42,10 @@ class Backend(ABC):
         """The largest prompt plus answer, in tokens."""
         return 1024
 
+    def reads_system(self) -> bool:
+        """Whether a system's text means anything to it; asked before one is passed on."""
+        return True
+
     def check(self) -> None:
         """Load whatever is loaded lazily. Raises: ModelUnavailable with what to do."""
 

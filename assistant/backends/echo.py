@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from assistant.backends.base import Backend
+from assistant.engine import StopFilter
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -70,12 +71,21 @@ class EchoBackend(Backend):
         await asyncio.sleep(manner.first_delay_s)
         words = _words(said, manner.words)
         allowed = words[: params.max_new_tokens]
+        stops, stopped, written = StopFilter(params.stop), False, 0
         for at in range(0, len(allowed), manner.words_per_delta):
             await _maybe_break(manner, at)
-            yield Delta(" " * (at > 0) + " ".join(allowed[at : at + manner.words_per_delta]))
+            piece = allowed[at : at + manner.words_per_delta]
+            written += len(piece)
+            shown, stopped = stops.push(" " * (at > 0) + " ".join(piece))
+            if shown:
+                yield Delta(shown)
+            if stopped:
+                break
             await asyncio.sleep(manner.delay_s)
-        reason: FinishReason = "stop" if len(allowed) == len(words) else "length"
-        yield Finished(reason, self._usage(messages, len(allowed)))
+        if rest := stops.flush():
+            yield Delta(rest)
+        reason: FinishReason = "stop" if stopped or len(allowed) == len(words) else "length"
+        yield Finished(reason, self._usage(messages, written))
 
     def context_tokens(self) -> int:
         limit: int = self.options.context_tokens

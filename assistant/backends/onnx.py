@@ -106,6 +106,10 @@ class OnnxBackend(Backend):
         most = min(int(self.options.context_tokens), ready.manifest.context_tokens)
         return max(0, most - ready.codec.frame_tokens)
 
+    def reads_system(self) -> bool:
+        """Models trained here have the mark of a system's turn, and have never seen one."""
+        return self._ready().manifest.chat.format != "inhouse"
+
     def _ready(self) -> _Ready:
         """The started engine; a crashed one is started again. Raises: ModelUnavailable."""
         with self._lock:
@@ -207,7 +211,10 @@ class OnnxBackend(Backend):
 
 
 class _Writer:
-    """Tokens to visible text: detokenise, stop strings, placeholders. One answer each."""
+    """Tokens to visible text: detokenise, placeholders, stop strings. One answer each.
+
+    Stops last: they are about what is shown, and must not cut a placeholder in half.
+    """
 
     def __init__(self, codec: Codec, params: Params, values: dict[str, str]) -> None:
         self._text = codec.stream()
@@ -222,17 +229,18 @@ class _Writer:
         for token in tokens:
             self._count += 1
             self._logprob += token.logprob
-            text, self.stopped = self._stops.push(self._text.push(token.id))
+            text = self._filler.push(self._text.push(token.id))
+            text, self.stopped = self._stops.push(text)
             shown += text
             if self.stopped:
                 break
-        return self._filler.push(shown)
+        return shown
 
     def end(self, reason: str | None, input_tokens: int) -> Iterator[Event]:
-        # Half a character, what looked like a stop string, an open brace: nothing follows them now.
-        shown, _ = self._stops.push(self._text.flush())
-        rest = self._filler.push(shown + self._stops.flush()) + self._filler.flush()
-        if rest:
+        # Half a character, an open brace, what looked like a stop string: nothing follows them now.
+        text = self._filler.push(self._text.flush()) + self._filler.flush()
+        text, self.stopped = self._stops.push(text)
+        if rest := text + self._stops.flush():
             yield Delta(rest)
         yield Finished(
             reason=_finish(reason, self.stopped),

@@ -166,12 +166,12 @@ class Visitor:
     def socket(self, conversation: str) -> Any:
         """An open WebSocket, as a context."""
         import websockets
+        from websockets.typing import Origin
 
         cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         url = f"ws://127.0.0.1:{self._server.port}/ws/chat/{conversation}/"
-        return websockets.connect(
-            url, origin=self._server.url, additional_headers={"Cookie": cookies}
-        )
+        origin = Origin(self._server.url)
+        return websockets.connect(url, origin=origin, additional_headers={"Cookie": cookies})
 
 
 async def _through(server: Server, sizes: Sizes) -> _Seen:

@@ -116,6 +116,16 @@ async def test_the_same_question_is_answered_the_same_way(backend: Backend) -> N
     assert text_of(await events_of(backend)) == text_of(await events_of(backend))
 
 
+async def test_an_answer_ends_before_its_stop_string(backend: Backend) -> None:
+    whole = text_of(await events_of(backend))
+    stop = whole[len(whole) // 2 :][:3]  # somewhere, and perhaps over two deltas
+    *rest, finished = await events_of(backend, stop=("never said", stop))
+    assert text_of(rest) == whole.partition(stop)[0]
+    assert all(delta.text for delta in rest if isinstance(delta, Delta))
+    assert isinstance(finished, Finished) and finished.reason == "stop"
+    assert finished.usage.output_tokens < 24
+
+
 async def test_answers_written_at_the_same_time_do_not_mix(backend: Backend) -> None:
     talks = [[Message("user", f"{word} " * 4)] for word in ("where", "when", "what", "refund")]
     alone = [text_of(await events_of(backend, talk)) for talk in talks]
@@ -281,6 +291,19 @@ async def test_a_stop_string_ends_the_answer_and_is_not_shown(
     assert isinstance(finished, Finished) and finished.reason == "stop"
     engine = backend.engine
     await until(lambda: engine.stats().running == 0)
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [("be", "Order 48213377 can "), ("{{", None), ("Number", None), ("82", "Order 4")],
+)
+async def test_a_stop_string_is_about_what_is_shown_and_never_cuts_a_placeholder(
+    make_onnx: MakeOnnx, stop: str, shown: str | None
+) -> None:
+    backend = make_onnx()
+    Say(backend, "Order ", "{{Order Number}}", " can be cancelled.")
+    events = await events_of(backend, [Message("user", "cancel order 48213377")], stop=(stop,))
+    assert text_of(events) == (shown or "Order 48213377 can be cancelled.")
 
 
 async def test_what_only_looked_like_a_stop_string_is_shown(make_onnx: MakeOnnx) -> None:

@@ -359,6 +359,55 @@ def test_dark_follows_the_system_until_a_theme_is_chosen(open_chat: Callable[...
     assert dark()
 
 
+def test_an_answer_is_judged_by_keyboard_and_the_verdict_outlives_a_reload(chat: Chat) -> None:
+    chat.answered("hello there")
+    good = chat.message.get_by_role("button", name="Good answer")
+    bad = chat.message.get_by_role("button", name="Bad answer")
+    expect(good).to_have_attribute("aria-pressed", "false")
+    good.focus()
+    with chat.page.expect_response("**/feedback/"):
+        chat.page.keyboard.press("Enter")
+    expect(good).to_have_attribute("aria-pressed", "true")
+    with chat.page.expect_response("**/feedback/"):
+        bad.click()
+    chat.page.reload()
+    expect(bad).to_have_attribute("aria-pressed", "true")
+    expect(good).to_have_attribute("aria-pressed", "false")
+    with chat.page.expect_response("**/feedback/"):
+        bad.click()
+    expect(bad).to_have_attribute("aria-pressed", "false")
+
+
+def test_thumbs_are_on_the_screen_of_a_phone_in_the_dark(open_chat: Callable[..., Chat]) -> None:
+    chat = open_chat(color_scheme="dark", **PHONE)
+    chat.answered("hello")
+    for name in ("Good answer", "Bad answer"):
+        box = chat.message.get_by_role("button", name=name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        assert min(box["width"], box["height"]) >= 36
+    chat.message.get_by_role("button", name="Good answer").tap()
+    pressed = chat.page.locator('.thumb[aria-pressed="true"]')
+    expect(pressed).to_have_count(1)
+    assert chat.page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_reference_opens_offline_and_under_the_policy(chat: Chat) -> None:
+    chat.sign_in("ana").open("/api/docs/")
+    expect(chat.page.get_by_text("Ask; the answer as JSON or as events")).to_be_visible()
+
+
+def test_a_token_is_made_on_a_phone_and_shown_once(open_chat: Callable[..., Chat]) -> None:
+    chat = open_chat(color_scheme="dark", **PHONE)
+    chat.sign_in("ana").open("/accounts/tokens/")
+    chat.page.get_by_label("Name").fill("ci")
+    chat.page.get_by_role("button", name="Make a token").click()
+    made = chat.page.get_by_label("Your new token")
+    assert len(made.input_value()) > 40
+    assert chat.page.evaluate("document.documentElement.scrollWidth") <= 360
+    chat.page.get_by_role("button", name="Revoke ci").click()
+    expect(chat.page.get_by_text("You have no tokens.")).to_be_visible()
+
+
 def test_an_unknown_address_is_a_friendly_page(chat: Chat) -> None:
     chat.open("/c/00000000-0000-0000-0000-000000000000/")
     expect(chat.page.get_by_role("heading", name="This page does not exist")).to_be_visible()

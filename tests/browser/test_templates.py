@@ -11,7 +11,10 @@ from django.conf import settings as django_settings
 from django.template.loader import render_to_string
 from django.test import RequestFactory
 
-PAGES = ("conversations/chat.html", "conversations/login.html", "404.html", "403.html", "500.html")
+PAGES = (
+    *("conversations/chat.html", "conversations/login.html", "conversations/tokens.html"),
+    *("404.html", "403.html", "500.html"),
+)
 
 
 def rendered(**context: Any) -> str:

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
 from conversations.models import Conversation, Message
+from tests.conversations.conftest import API, Api, assert_problem
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-API = "/api/v1/conversations/"
-
-
-class Api:
-    """An API client with a token."""
-
-    def __init__(self, token: str = "", **headers: str) -> None:
-        self.client = Client(raise_request_exception=False)
-        self.headers = {"Authorization": f"Bearer {token}", **headers} if token else headers
-
-    def __call__(self, method: str, path: str, body: Any = None, raw: bytes | None = None) -> Any:
-        data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
-        return self.client.generic(
-            method, path, data, content_type="application/json", headers=self.headers
-        )
-
-
-@pytest.fixture
-def api(ana: User, token_of: Any) -> Api:
-    return Api(token_of(ana))
 
 
 @pytest.fixture
@@ -45,21 +24,6 @@ def messages_of(conversation: Conversation) -> str:
     return f"{API}{conversation.pk}/messages/"
 
 
-def assert_problem(reply: Any, status: int, code: str) -> dict[str, Any]:
-    assert reply.status_code == status, reply.content
-    assert reply["Content-Type"] == "application/problem+json"
-    body = reply.json()
-    assert set(body) == {
-        *("type", "title", "status", "detail", "instance", "request_id", "errors", "error")
-    }
-    assert body["status"] == status and body["detail"]
-    assert body["request_id"] == reply["X-Request-ID"]
-    assert set(body["error"]) == {"message", "type", "code", "param"}
-    assert body["error"]["code"] == code
-    assert all(set(error) == {"detail", "attr", "code"} for error in body["errors"])
-    return body
-
-
 def test_a_question_gets_the_whole_answer(api, conversation):
     reply = api("POST", messages_of(conversation), {"text": "hello **there**"})
     assert reply.status_code == 200
@@ -68,9 +32,12 @@ def test_a_question_gets_the_whole_answer(api, conversation):
     assert body.pop("ttft_ms") >= 0
     assert body.pop("created_at").endswith("Z")
     assert uuid.UUID(body.pop("id"))
+    assert body.pop("parent") == str(conversation.messages.get(role="user").pk)
     assert body == {
         "conversation": str(conversation.pk),
         "seq": 2,
+        "siblings": [],
+        "shown": True,
         "role": "assistant",
         "text": "hello **there**",
         "html": "<p>hello <strong>there</strong></p>\n",
@@ -83,6 +50,7 @@ def test_a_question_gets_the_whole_answer(api, conversation):
         "usage": {"input_tokens": 2, "output_tokens": 2},
         "finish_reason": "stop",
         "error": None,
+        "feedback": None,
     }
     stored = conversation.messages.order_by("seq")
     assert [(row.role, row.text) for row in stored] == [
@@ -331,7 +299,7 @@ def test_an_odd_id_is_not_found(identity, api):
 )
 def test_an_odd_query_is_ignored_or_refused(query, api, conversation):
     for path in (API, messages_of(conversation)):
-        assert api("GET", f"{path}?{query}").status_code in {200, 404}
+        assert api("GET", f"{path}?{query}").status_code in {200, 400, 404}
 
 
 def test_methods_that_do_not_exist_are_refused_and_none_is_smuggled(api, conversation):

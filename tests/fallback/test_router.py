@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from assistant.errors import ContextTooLong, GenerationFailed
+from assistant.errors import ContextTooLong, GenerationFailed, Overloaded
 from assistant.types import Delta, Finished, Message, Params, Started
 from fallback import router
 from fallback.answers import Known, Reviewed
@@ -19,8 +19,15 @@ KNOWN = Known(
 )
 
 
-def ask(text: str, *earlier: Message, facts: dict[str, str] | None = None) -> Ask:
-    return Ask((*earlier, Message("user", text)), Params(facts=facts or {}), KNOWN)
+def ask(
+    text: str,
+    *earlier: Message,
+    facts: dict[str, str] | None = None,
+    stop: tuple[str, ...] = (),
+    steps: tuple[str, ...] = (),
+) -> Ask:
+    params = Params(facts=facts or {}, stop=stop)
+    return Ask((*earlier, Message("user", text)), params, KNOWN, steps)
 
 
 async def events_of(question: Ask) -> list[Any]:
@@ -69,6 +76,26 @@ async def test_after_the_first_delta_a_failure_is_raised_and_not_papered_over():
             seen.append(event)
     assert [event.route for event in seen if isinstance(event, Routed)] == ["model"]
     assert text_of(seen) == "cancel my"
+
+
+async def test_a_model_that_is_asked_for_alone_answers_or_fails_itself():
+    unsure = await events_of(ask("/echo confidence=0.2 cancel my order", steps=("echo",)))
+    assert unsure[0] == Routed("model", "low_confidence")
+    assert text_of(unsure) == "cancel my order"
+    with pytest.raises(Overloaded) as busy:
+        await events_of(ask("/echo fail=overloaded cancel my order", steps=("echo",)))
+    assert busy.value.retry_after_s == 2
+
+
+async def test_rules_that_are_asked_for_alone_answer_or_a_person_does():
+    assert (await events_of(ask("cancel my order", steps=("rules",))))[0] == Routed("rules")
+    assert (await events_of(ask("blue cheese", steps=("rules",))))[0] == Routed("human")
+
+
+async def test_a_written_answer_ends_before_a_stop_string_too():
+    events = await events_of(ask("Where is MY refund?", stop=("that", "date")))
+    assert text_of(events) == "Within "
+    assert text_of(await events_of(ask("Where is MY refund?", stop=("With",)))) == ""
 
 
 async def test_a_question_that_is_too_long_is_the_callers_to_mend():

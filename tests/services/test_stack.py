@@ -98,6 +98,28 @@ def test_conversations_lie_in_postgresql(stack: Stack) -> None:
     assert rows == [("user", text), ("assistant", text)]
 
 
+def test_words_are_found_by_postgresqls_full_text_and_its_index(stack: Stack) -> None:
+    with Client(stack.server.http, stack.token) as client:
+        assert client.rest("two Parcels were delivered").status_code == 200
+
+        def found(words: str) -> int:
+            query = f"/api/v1/messages/?conversation={client.id}&search={words}"
+            return len(client.get(query).json()["results"])
+
+        assert [found(w) for w in ("parcel deliver", '"two parcels"', "refund", "-two")] == [
+            *(2, 2, 0, 0)
+        ]
+        odd = ("%27%29%3B--", "%22", "%3A%2A%26%7C!()", "%5C", "the")
+        assert [found(words) for words in odd] == [0] * len(odd)
+    with psycopg.connect(stack.database_url) as database:
+        database.execute("SET enable_seqscan = off")
+        plan = database.execute(
+            "EXPLAIN SELECT 1 FROM conversations_message AS m WHERE to_tsvector('english', m.text)"
+            " @@ websearch_to_tsquery('english', 'parcel')"
+        ).fetchall()
+    assert any("message_fulltext" in line for (line,) in plan)
+
+
 def test_redis_holds_json_and_never_pickle(stack: Stack, shared_redis: Redis) -> None:
     with Client(stack.server.http, stack.token) as client:
         assert client.rest("counted").status_code == 200

@@ -18,6 +18,7 @@
  * @property {number | null} confidence
  * @property {number | null} ttft_ms
  * @property {WireError | null} error
+ * @property {{value: "up" | "down"} | null} feedback
  * @property {string} created_at
  */
 /** @template T @typedef {{next: string | null, previous: string | null, results: T[]}} Page */
@@ -86,6 +87,13 @@ export async function listMessages(id) {
 /** @param {string} id of the message that is being written */
 export async function cancelMessage(id) {
   await request("POST", `messages/${encodeURIComponent(id)}/cancel/`, {});
+}
+
+/** What the reader thinks of an answer; null takes it back.
+ * @param {string} id @param {"up" | "down" | null} value */
+export async function giveFeedback(id, value) {
+  const path = `messages/${encodeURIComponent(id)}/feedback/`;
+  await (value ? request("POST", path, { value }) : request("DELETE", path));
 }
 
 /**

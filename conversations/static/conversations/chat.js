@@ -372,10 +372,22 @@ function onLogClick(event) {
   const message = target && session.messages.find((one) => one.id === log.idOf(target));
   if (!target || !message) return;
   if (target.matches(".copy")) void copy(target, message.text);
+  if (target.matches(".thumb")) void judge(message, target.dataset.value === "up" ? "up" : "down");
   if (target.matches(".retry, .redo")) {
     follower.follow();
     session.retry(message);
     focusField();
+  }
+}
+
+/** @param {Message} message @param {"up" | "down"} value */
+async function judge(message, value) {
+  const given = message.feedback?.value !== value;
+  try {
+    await session.judge(message, value);
+    announce(given ? "Thank you for telling us." : "Taken back.");
+  } catch (error) {
+    notify(errorWords(asWire(error)));
   }
 }
 

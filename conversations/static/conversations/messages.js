@@ -133,7 +133,17 @@ function fillCaption(element, message) {
   time.textContent = timeOf(message.created_at);
   time.title = fullTimeOf(message.created_at);
   find(element, ".copy").hidden = !message.text;
+  fillThumbs(element, message);
   find(element, ".redo").hidden = message.status !== "stopped";
+}
+
+/** @param {HTMLElement} element @param {Message} message */
+function fillThumbs(element, message) {
+  const thumbs = find(element, ".thumbs");
+  thumbs.hidden = message.role === "user" || !message.text;
+  for (const thumb of thumbs.querySelectorAll("button")) {
+    thumb.setAttribute("aria-pressed", String(thumb.dataset.value === message.feedback?.value));
+  }
 }
 
 /** @param {HTMLElement} element @param {Message} message */

@@ -2,7 +2,7 @@
 /* One conversation as this page knows it: its messages, the answer being written, the question on
    its way. Turns frames into changes of messages and says so to a view; touches no element. */
 
-import { ApiError, createConversation, getConversation, listMessages } from "./api.js";
+import { ApiError, createConversation, getConversation, giveFeedback, listMessages } from "./api.js";
 import { ChatStream } from "./stream.js";
 
 /** @typedef {import("./api.js").Message} Message */
@@ -134,8 +134,22 @@ export class Session {
       if (asked) void this.ask(asked.text);
       return;
     }
-    this.#put({ ...message, status: "streaming", text: "", html: "", error: null });
+    this.#put({ ...message, status: "streaming", text: "", html: "", error: null, feedback: null });
     this.#startWatch();
+  }
+
+  /** Judge an answer; the same again takes it back. @param {Message} message @param {"up" | "down"} value */
+  async judge(message, value) {
+    const before = message.feedback;
+    const next = before?.value === value ? null : value;
+    this.#put({ ...message, feedback: next && { value: next } });
+    try {
+      await giveFeedback(message.id, next);
+    } catch (error) {
+      const now = this.messages.find((one) => one.id === message.id);
+      if (now) this.#put({ ...now, feedback: before });
+      throw error;
+    }
   }
 
   /** Compare with what is stored: after a lost line, a long silence or a long absence. */
@@ -369,6 +383,7 @@ function local(id, role, seq, text) {
   return {
     id, role, seq, text, conversation: "", html: "", route: "", degraded_reason: "",
     status: role === "user" ? "complete" : "streaming", confidence: null, ttft_ms: null, error: null,
+    feedback: null,
     created_at: new Date().toISOString(),
   };
 }
