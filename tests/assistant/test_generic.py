@@ -112,7 +112,7 @@ def open_engine(folder: Path, **settings: Any) -> Engine:
             config.model_dir / MODEL, manifest.architecture, slots=config.max_batch,
             step_tokens=config.step_tokens, context_tokens=CONTEXT, threads=config.threads,
         )  # fmt: skip
-        return Loaded(runner, codec.banned_ids, CONTEXT, manifest, codec)
+        return Loaded(runner, codec.banned_ids, CONTEXT, None, manifest, codec)
 
     wanted = {"max_batch": 3, "step_tokens": 24, "context_tokens": CONTEXT, "threads": 1}
     return Engine(EngineConfig(folder, **{**wanted, **settings}), load=load)

@@ -113,7 +113,7 @@ def test_a_run_writes_a_checkpoint_settings_and_curves(trained: tuple[Path, str]
 def test_the_built_model_is_whole_and_knows_its_labels(trained: tuple[Path, str]) -> None:
     run, _ = trained
     manifest = Manifest.load(run / "model")
-    assert (manifest.name, manifest.version, manifest.quant) == ("support-en", "0.0.1", "row8")
+    assert (manifest.name, manifest.version, manifest.quant) == ("support-en", "0.0.1", "static8")
     assert manifest.intents.keys() == set(labels.INTENTS)
     assert manifest.placeholders.keys() == set(facts.PLAIN_WORDS)
     assert manifest.calibration.temperature > 0
