@@ -226,7 +226,9 @@ async def _ask_all(engine: Engine, chats: int, rounds: int, seen: _Seen) -> None
 
     async def chat(first: int) -> None:
         for at in range(rounds):
-            seen.tokens += await _answer(engine, prompts[(first + at) % len(prompts)])
+            # Not `+= await`: that reads the sum first, and others add to it meanwhile.
+            tokens = await _answer(engine, prompts[(first + at) % len(prompts)])
+            seen.tokens += tokens
 
     await asyncio.gather(*map(chat, range(chats)))
 
