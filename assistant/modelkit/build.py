@@ -30,6 +30,7 @@ from assistant.engine.manifest import (
 from assistant.engine.sampling import FirstTokenRule
 from assistant.engine.template import TemplateError
 from assistant.engine.text import Codec
+from assistant.modelkit.balance import Balanced
 from assistant.modelkit.checkpoint import Checkpoint, CheckpointError, write_random
 from assistant.modelkit.foreign import PLAIN_TEMPLATE, chat_of, open_tokenizer, template_of
 from assistant.modelkit.graph import LIMIT_BYTES, build_graph
@@ -43,7 +44,7 @@ from assistant.modelkit.quality import (
     measure_peaks,
     open_session,
 )
-from assistant.modelkit.quantise import Measured, Tapped, known, scheme
+from assistant.modelkit.quantise import Tapped, known, scheme
 from assistant.modelkit.weights import read_json
 
 Progress = Callable[[str], None]
@@ -138,11 +139,12 @@ class _Source:
     def random(self) -> bool:
         return bool(self.details.get("random"))
 
-    def graph(self, quant: str, progress: Progress, measured: Measured | None = None) -> bytes:
-        """``quant`` may be ``tapped``: the graph that measures activations."""
-        how = Tapped if quant == "tapped" else scheme(quant, measured)
+    def graph(self, quant: str, progress: Progress, even: Balanced | None = None) -> bytes:
+        """``quant`` may be ``tapped``: the graph that measures activations. static8 is built of
+        ``even`` weights."""
+        how = Tapped if quant == "tapped" else scheme(quant, even.peaks if even else None)
         model = build_graph(
-            self.checkpoint, how, context_tokens=self.context_tokens, progress=progress
+            even or self.checkpoint, how, context_tokens=self.context_tokens, progress=progress
         )
         if self.checkpoint.unread:
             left = self.checkpoint.unread
@@ -208,8 +210,8 @@ def build(
     progress(f"{manifest.name}: {parameters / 1e6:.1f} M parameters")
     _refuse_too_large(parameters, quant)
     rule = manifest.first_token_rule()
-    measured = _measured(source, prompts, rule, progress) if quant == "static8" else None
-    model = source.graph(quant, progress, measured)
+    even = _balanced(source, prompts, rule, progress) if quant == "static8" else None
+    model = source.graph(quant, progress, even)
     figures = _quality(source, manifest, model, prompts, floor, progress)
     manifest = replace(manifest, quality={**manifest.quality, "quantised": figures})
     manifest = _publish(out_dir, source, manifest, model)
@@ -254,10 +256,10 @@ def build_random(
         return build(Path(folder), out_dir, quant, progress)
 
 
-def _measured(
+def _balanced(
     source: _Source, prompts: Prompts | None, rule: FirstTokenRule | None, progress: Progress
-) -> Measured:
-    """Activations' sizes in full precision, on the prompts that quality is not measured on.
+) -> Balanced:
+    """Even weights, by activations on the prompts that quality is not measured on.
 
     Raises: UnfitScheme where full precision does not fit one file.
     """
@@ -269,18 +271,12 @@ def _measured(
     progress("measuring activations")
     session = open_session(source.graph("tapped", _silent))
     some = _fitting(prompts or _questions(source.tokenizer), source.context_tokens)
-    downs = {
-        f"layer_{layer}.down": source.checkpoint.tensor(
-            f"model.layers.{layer}.mlp.down_proj.weight"
-        )
-        for layer in range(source.checkpoint.shape.num_hidden_layers)
-    }
     prompts = some[0::2] or some
     room = source.context_tokens - max(map(len, prompts))
     peaks = measure_peaks(
         session, source.checkpoint.shape, prompts, rule, min(MEASURED_TOKENS, room)
     )
-    return Measured.of(peaks, downs)
+    return Balanced.of(source.checkpoint, peaks)
 
 
 def _quality(

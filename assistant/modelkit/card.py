@@ -153,6 +153,7 @@ Rows: {groups}; {dialogues} dialogue turns; {unlabelled} unlabelled texts.
 
 _TRAINING = """Trained from scratch in ONE run of {minutes:g} minutes on {device}, seed {seed}, {batch:,} tokens a batch, learning
 rate {rate:g}. Repeat with `python manage.py train_model --data DIR --out RUN --minutes {minutes:g} --seed {seed}`.
+The first {questions:.0%} of it reads questions alone (short, so many of them), the rest answers and conversations too.
 What training learns at once: intent, scope and answer{taught}."""
 _TUNED = """Fine-tuned for {minutes:g} minutes on {device} from an earlier checkpoint, without a teacher."""
 _TAUGHT = """, and from a teacher (a sentence encoder that does not ship)
@@ -229,14 +230,15 @@ def _training(settings: Mapping[str, Any], cores: int) -> str:
     if not settings:
         return ""
     device = f"{cores} CPU cores" if settings["device"] == "cpu" else "a GPU"
-    # A run without bare text is one that began with trained weights.
-    form = _TRAINING if any(settings["unlabelled"]) else _TUNED
+    # A run of one stage is one that began with trained weights.
+    form = _TRAINING if len(settings["stages"]) > 1 else _TUNED
     return form.format(
         minutes=settings["minutes"],
         device=device,
         seed=settings["seed"],
         batch=settings["batch_tokens"],
         rate=settings["learning_rate"],
+        questions=settings["stages"][0]["until"],
         taught=_TAUGHT if _has_teacher(settings) else "",
     )
 

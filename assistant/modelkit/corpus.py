@@ -14,6 +14,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Corpus:
 
 
 #: How often the first of several answers is trained on.
-_FAVOURITE = 0.6
+_FAVOURITE = 0.85
 
 
 class Answers:
@@ -163,8 +164,34 @@ _TAILS = (
 )
 
 
+_REWORDED = 0.4
+
+
+@cache
+def _synonyms() -> tuple[re.Pattern[str], dict[str, list[str]]]:
+    others: dict[str, list[str]] = defaultdict(list)
+    for row in written("synonyms"):
+        for word in row["words"]:
+            others[word] += [other for other in row["words"] if other != word]
+    longest_first = sorted(others, key=len, reverse=True)
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", re.I), others
+
+
+def reworded(text: str, rng: random.Random) -> str:
+    """``text`` with about half of the words that have a synonym exchanged."""
+    pattern, others = _synonyms()
+
+    def swap(match: re.Match[str]) -> str:
+        return match[0] if rng.random() < 0.5 else rng.choice(others[match[0].lower()])
+
+    return pattern.sub(swap, text)
+
+
 def augment(text: str, rng: random.Random) -> str:
-    """One cheap variation: casing, punctuation, a lead or tail, a typo, or nothing."""
+    """Perhaps other words; then one cheap variation: casing, punctuation, a lead or tail, a typo,
+    or nothing."""
+    if rng.random() < _REWORDED:
+        text = reworded(text, rng)
     kind = rng.randrange(8)
     if kind == 0:
         return text.lower()

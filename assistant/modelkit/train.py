@@ -39,8 +39,8 @@ Progress = Callable[[str], None]
 Judge = Callable[["Student", Encoder], float]
 #: Parts of the run after which it is judged. The best average is kept, of those that have had time
 #: to learn the answers too.
-_JUDGED_AT = (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
-_KEPT_FROM = 0.7
+_JUDGED_AT = (0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95, 1.0)
+_KEPT_FROM = 0.85
 
 
 class Loss:
@@ -214,7 +214,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "clock": [self.steps, self.tokens, self.elapsed_s],
             "curve": self.curve,
-            "judged": [self.judged, self.quality],
+            "quality": self.quality,
             "kept": self.kept,
         }
         temporary = self.folder / "checkpoint.tmp"
@@ -233,8 +233,11 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.steps, self.tokens, self.elapsed_s = state["clock"]
         self.curve = state["curve"]
-        self.judged, self.quality = state["judged"]
+        self.quality = state["quality"]
         self.kept = state["kept"]
+        if self.progress < _KEPT_FROM:  # the run was made longer: what was late is early now
+            self.kept, self.quality = None, 0.0
+        self.judged = sum(self.progress >= part for part in _JUDGED_AT)
         return True
 
 

@@ -28,6 +28,7 @@ from assistant.modelkit.calibrate import Scores
 from assistant.modelkit.corpus import Corpus, CorpusError, Sample, Turn
 from assistant.modelkit.corrections import Case, written_out
 from assistant.modelkit.examples import (
+    ANSWERS,
     IGNORE,
     Example,
     ExampleMaker,
@@ -60,8 +61,8 @@ def gentle(minutes: float, seed: int, device: str) -> TrainConfig:
     """A learning rate that leaves trained weights near where they are, and no teacher but them."""
     config = TrainConfig(minutes=minutes, seed=seed, device=device).without_teacher()
     return replace(
-        config, learning_rate=1e-4, weight_decay=0.0, ema=0.95, unlabelled=(0.15, 0.15),
-        answered=0.4, batch_tokens=1024, checkpoint_every_s=60.0,
+        config, learning_rate=1e-4, weight_decay=0.0, ema=0.95, batch_tokens=1024,
+        stages=(replace(ANSWERS, unlabelled=0.15, answered=0.4),), checkpoint_every_s=60.0,
     )  # fmt: skip
 
 

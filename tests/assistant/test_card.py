@@ -90,7 +90,7 @@ def test_the_run_is_described_as_it_was_set(findings: Findings, tmp_path: Path) 
 
 
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "without a teacher": (asdict(TrainConfig().without_teacher()), "ONE run of 70 minutes"),
+    "without a teacher": (asdict(TrainConfig().without_teacher()), "ONE run of 75 minutes"),
     "from a checkpoint": (asdict(TrainConfig(minutes=9).tuning()), "Fine-tuned for 9 minutes"),
     "on a GPU": (asdict(TrainConfig(device="cuda")), "on a GPU"),
     "nobody wrote down": ({}, "## Figures"),

@@ -150,3 +150,18 @@ def test_augmentation_never_loses_a_question() -> None:
     rng = random.Random(1)
     for text in ["Where is order 48213377?", "hi", "a"] * 200:
         assert corpus.augment(text, rng).strip()
+
+
+def test_words_are_exchanged_for_synonyms_and_for_nothing_else():
+    rng = random.Random(0)
+    seen = {corpus.reworded("cancel my order", rng) for _ in range(200)}
+    assert seen == {
+        "cancel my order", "call off my order", "cancel my purchase", "call off my purchase"
+    }  # fmt: skip
+    assert corpus.reworded("xyzzy plugh", rng) == "xyzzy plugh"
+
+
+def test_no_synonym_leads_to_a_word_of_another_intent():
+    groups = [set(row["words"]) for row in corpus.written("synonyms")]
+    for one, other in (("cancel", "change"), ("refund", "cancel"), ("delete", "edit")):
+        assert not any({one, other} <= group for group in groups)

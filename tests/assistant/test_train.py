@@ -259,6 +259,48 @@ def test_only_the_answer_and_the_question_are_learned_never_the_control_pieces(
     assert answered > 50
 
 
+def test_questions_are_read_alone_before_answers_and_conversations(
+    data: Path, trained: tuple[Path, str]
+) -> None:
+    import random
+
+    from assistant.modelkit import train as module
+    from assistant.modelkit.tokens import Encoder
+
+    run, _ = trained
+    encoder = Encoder.load(run / "tokenizer.json")
+    maker = module.ExampleMaker(
+        corpus.build(data), encoder, facts.mask, module.TrainConfig(), random.Random(0)
+    )
+    user = encoder.id(labels.USER)
+    early = [maker.draw(0.2) for _ in range(200)]
+    assert all(example.at == len(example.ids) - 1 for example in early), "no answers"
+    assert all(example.ids.count(user) == 1 for example in early), "no histories"
+    assert all(set(example.targets) == {module.IGNORE} for example in early)
+    late = [maker.draw(0.9) for _ in range(200)]
+    assert any(example.ids.count(user) > 1 for example in late)
+
+
+def test_a_run_made_longer_forgets_what_was_late_in_the_shorter_one(
+    tmp_path: Path,
+) -> None:
+    from dataclasses import replace
+
+    from assistant.modelkit.student import Shape, Student
+    from assistant.modelkit.train import Run, TrainConfig
+
+    model, config = Student(Shape(vocab_size=64)), TrainConfig(minutes=1)
+    run = Run(model, config, tmp_path)
+    run.elapsed_s, run.quality, run.kept, run.judged = 60.0, 0.9, dict(run.average), 8
+    run.save()
+    same = Run(model, config, tmp_path)
+    assert same.resume()
+    assert (same.quality, same.judged, same.due()) == (0.9, 8, False)
+    longer = Run(model, replace(config, minutes=2), tmp_path)
+    assert longer.resume()
+    assert (longer.quality, longer.kept, longer.judged) == (0.0, None, 3)
+
+
 @pytest.mark.parametrize("minutes", ["0", "-5", "nan", "soon"])
 def test_a_run_takes_some_time(minutes: str, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="not a number of minutes"):

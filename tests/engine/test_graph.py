@@ -28,7 +28,7 @@ from assistant.modelkit.checkpoint import (
 )
 from assistant.modelkit.graph import build_graph
 from assistant.modelkit.quality import Batch, Floor, generate, open_session
-from assistant.modelkit.quantise import Measured, scheme
+from assistant.modelkit.quantise import scheme
 
 TINY = SHAPES["tiny"]
 FAMILIES = {
@@ -102,20 +102,11 @@ def session(checkpoint: Checkpoint, quant: str = "fp32", context_tokens: int = 1
     return open_session(model.SerializeToString())
 
 
-def flat(shape: ModelShape) -> Measured:
+def flat(shape: ModelShape) -> dict[str, float]:
     """As if every activation had been 1 at most."""
-    widths = {
-        "qkv": shape.hidden_size,
-        "o": shape.query_width,
-        "gate": shape.hidden_size,
-        "down": shape.intermediate_size,
-    }
-    peaks = {
-        f"layer_{layer}.{name}": np.ones(width, np.float32)
-        for layer in range(shape.num_hidden_layers)
-        for name, width in widths.items()
-    }
-    return Measured.of(peaks | {"embed": np.ones(shape.hidden_size, np.float32)}, {})
+    layers = range(shape.num_hidden_layers)
+    names = [f"layer_{layer}.{name}" for layer in layers for name in ("qkv", "o", "gate", "down")]
+    return dict.fromkeys([*names, "embed"], 1.0)
 
 
 def some_tokens(seed: int, count: int, vocab: int = TINY.vocab_size) -> list[int]:
