@@ -7,12 +7,13 @@ visitor's name. A socket with a bearer token carries no cookie, so it needs no o
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
-from django.core.asgi import get_asgi_application
+import django
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-http = get_asgi_application()  # sets Django up; what follows needs the apps
+django.setup(set_prefix=False)  # what follows needs the apps
 
 from channels.routing import (  # type: ignore[import-untyped]  # noqa: E402
     ProtocolTypeRouter,
@@ -25,7 +26,12 @@ from channels.sessions import CookieMiddleware  # type: ignore[import-untyped]  
 from django.conf import settings  # noqa: E402
 from django.http.request import split_domain_port, validate_host  # noqa: E402
 
+from config.handler import OneThreadHandler  # noqa: E402
+from conversations import wire  # noqa: E402
 from conversations.urls import websocket_urlpatterns  # noqa: E402
+
+#: A browser sends twenty headers and, with the cookies of a whole product, some kilobytes.
+MAX_HEADERS, MAX_HEADERS_BYTES = 100, 32_768
 
 
 def same_origin(scope: dict[str, Any]) -> bool:
@@ -70,6 +76,32 @@ class Doorkeeper:
         return await inner(scope, receive, send)
 
 
-application = ProtocolTypeRouter(
-    {"http": http, "websocket": Doorkeeper(URLRouter(websocket_urlpatterns))}
+class Bounded:
+    """Refuses a request whose headers are more than anybody's; servers read far longer ones."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Any:
+        headers = scope.get("headers", ())
+        if len(headers) <= MAX_HEADERS and sum(map(_size, headers)) <= MAX_HEADERS_BYTES:
+            return await self._inner(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await WebsocketDenier.as_asgi()(scope, receive, send)
+        told = f"The headers are larger than {MAX_HEADERS_BYTES:,} bytes, or over {MAX_HEADERS}."
+        about = SimpleNamespace(path=scope["path"])
+        body = wire.encode(wire.problem("invalid_request", 431, told, about)).encode()
+        kind = [(b"content-type", b"application/problem+json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 431, "headers": kind})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _size(header: tuple[bytes, bytes]) -> int:
+    return len(header[0]) + len(header[1])
+
+
+application = Bounded(
+    ProtocolTypeRouter(
+        {"http": OneThreadHandler(), "websocket": Doorkeeper(URLRouter(websocket_urlpatterns))}
+    )
 )

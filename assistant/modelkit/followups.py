@@ -25,13 +25,23 @@ _NUMBERED = (
     *("track_order", "track_refund", "check_invoice", "get_invoice"),
 )
 _INVOICES = ("check_invoice", "get_invoice")
+#: Requests that an e-mail address can go on with.
+_ADDRESSED = (
+    *("create_account", "delete_account", "edit_account", "newsletter_subscription"),
+    *("recover_password", "registration_problems", "switch_account", "contact_customer_service"),
+)
+_ORDER_FORMS = ("{}", "{}", "{}", "#{}", "ORD-{}", "AB-{}", "no. {}")
+_INVOICE_FORMS = ("INV-{}", "INV-{}", "RE-{}", "F-{}", "2025-{}")
+_EMAILS = ("{}.{}@mail.example", "{}{}@post.example", "{}@{}.example")
+_NAMES = ("anna", "tom", "office", "j.berg", "lee", "info", "maria", "pat", "shop", "kim")
 #: How often each kind of second turn is made.
 _SHARES = {
-    "next": 0.34, "number": 0.13, "second": 0.13, "same": 0.08, "person": 0.08,
-    "correction": 0.12, "change": 0.12,
+    "next": 0.28, "number": 0.17, "email": 0.07, "second": 0.12, "same": 0.1, "person": 0.06,
+    "correction": 0.1, "change": 0.1,
 }  # fmt: skip
-#: How often something else was asked before, and how often a topic change says so.
-_EARLIER, _SAID = 0.35, 0.5
+#: How often something else was asked before, how often a topic change says so, and how often a few
+#: words that ask nothing come in between.
+_EARLIER, _SAID, _FILLED = 0.3, 0.5, 0.2
 
 
 class FollowUps:
@@ -48,7 +58,9 @@ class FollowUps:
         kinds = [kind for kind in _SHARES if self._rows[kind]]
         (kind,) = rng.choices(kinds, [_SHARES[kind] for kind in kinds])
         made: list[Exchange] = getattr(self, f"_{kind}")(rng, rng.choice(self._rows[kind]))
-        if rng.random() < _EARLIER:
+        if self._rows["filler"] and rng.random() < _FILLED:
+            made.insert(1, (rng.choice(self._rows["filler"])["text"], made[0][1], None))
+        elif rng.random() < _EARLIER:
             made.insert(0, self._question(rng.choice(SUPPORT)))
         return made
 
@@ -61,6 +73,14 @@ class FollowUps:
         asked = rng.choice(self._rows["ask_invoice" if intent in _INVOICES else "ask"])["text"]
         first = (self._ask(intent), intent, f"{self._answers(intent)} {asked}")
         return [first, (_numbered(row["text"], intent, rng), intent, None)]
+
+    def _email(self, rng: random.Random, row: Mapping[str, Any]) -> list[Exchange]:
+        """The same with an address."""
+        intent = rng.choice(_ADDRESSED)
+        asked = rng.choice(self._rows["ask_email"])["text"]
+        first = (self._ask(intent), intent, f"{self._answers(intent)} {asked}")
+        address = rng.choice(_EMAILS).format(*rng.sample(_NAMES, 2))
+        return [first, (row["text"].replace("{e}", address), intent, None)]
 
     def _second(self, rng: random.Random, row: Mapping[str, Any]) -> list[Exchange]:
         intent = rng.choice(_NUMBERED)
@@ -91,8 +111,9 @@ def _joined(lead: str, question: str) -> str:
 
 
 def _numbered(text: str, intent: str, rng: random.Random) -> str:
-    number = str(rng.randrange(10**4, 10 ** rng.randrange(5, 10)))
-    return text.replace("{n}", f"INV-{number}" if intent in _INVOICES else number)
+    number = rng.randrange(10**4, 10 ** rng.randrange(5, 10))
+    form = rng.choice(_INVOICE_FORMS if intent in _INVOICES else _ORDER_FORMS)
+    return text.replace("{n}", form.format(number))
 
 
 def shown(answer: str, words: Mapping[str, Sequence[str]], rng: random.Random) -> str:

@@ -84,20 +84,12 @@ class Drawer(ExampleMaker):
         super().__init__(replay, encoder, mask, config, rng)
         self.cases = list(cases)
         self.unlearned: list[Sample] = []
-        self._marks = frozenset(self.intents.values())
 
     def draw(self, progress: float) -> Example:
         if self.rng.random() >= _CORRECTED:
             return replace(super().draw(progress), teacher=0)
         hard = self.unlearned and self.rng.random() < _UNLEARNED
         return self._labelled(self.rng.choice(self.unlearned if hard else self.cases))
-
-    def _history(self, sample: Sample) -> list[int]:
-        """Every other time without the intents of earlier turns: both forms are met in serving."""
-        ids = super()._history(sample)
-        if sample.group == _GROUP and self.rng.random() < 0.5:
-            return [one for one in ids if one not in self._marks]
-        return ids
 
 
 def sample_of(case: Case, mask: Mask, intents: Sequence[str]) -> Sample:

@@ -11,11 +11,12 @@ from assistant.modelkit import corpus, labels
 from assistant.modelkit.followups import FollowUps, shown
 
 ROWS = corpus.written("followups")
-KINDS = ("next", "number", "second", "same", "person", "correction", "change")
+KINDS = ("next", "number", "email", "second", "same", "person", "correction", "change", "filler")
+ASKING = ("ask", "ask_invoice", "ask_email")
 
 
 def made(kind: str = "") -> FollowUps:
-    rows = [row for row in ROWS if not kind or row["kind"] in (kind, "ask", "ask_invoice")]
+    rows = [row for row in ROWS if not kind or row["kind"] in (kind, *ASKING)]
     return FollowUps(rows, lambda intent: f"About {intent}", lambda intent: f"Do {intent}.")
 
 
@@ -45,7 +46,19 @@ def test_a_number_goes_on_with_the_request_before(kind: str) -> None:
         assert intent == before and re.search(r"\d{5}", text)
         assert (answer is not None) == (kind == "number")
         assert answer is None or "number" in answer.split(". ", 1)[1]
-        assert ("INV-" in text) == (intent in ("check_invoice", "get_invoice"))
+
+
+def test_an_address_goes_on_with_a_request_about_an_account() -> None:
+    for *_, (_, before, answer), (text, intent, _) in conversations("email"):
+        assert intent == before and "@" in text and "{" not in text
+        assert "e-mail address" in answer
+
+
+def test_words_that_ask_nothing_stay_with_what_was_asked() -> None:
+    texts = {row["text"] for row in ROWS if row["kind"] == "filler"}
+    found = [one for one in conversations(count=400) if one[1][0] in texts]
+    assert found
+    assert all(one[1][1] == one[0][1] for one in found)
 
 
 def test_a_correction_and_a_change_are_about_what_is_asked_last() -> None:
@@ -56,7 +69,7 @@ def test_a_correction_and_a_change_are_about_what_is_asked_last() -> None:
 
 
 def test_the_written_rows_name_known_kinds_and_intents_once() -> None:
-    assert {row["kind"] for row in ROWS} == {*KINDS, "ask", "ask_invoice"}
+    assert {row["kind"] for row in ROWS} == {*KINDS, *ASKING}
     named = [row[key] for row in ROWS for key in ("after", "intent") if key in row]
     assert set(named) <= set(labels.SUPPORT)
     assert len({(row["kind"], row.get("after"), row["text"]) for row in ROWS}) == len(ROWS)
