@@ -10,7 +10,8 @@
     ├── RateLimited                 rate_limited       no         too many requests by one caller
     ├── Overloaded                  overloaded         no         the queue is full
     ├── ModelUnavailable            model_unavailable  yes        files missing or altered
-    └── GenerationFailed            generation_failed  no         the engine or the peer broke
+    └── GenerationFailed            generation_failed  no         the engine broke
+        └── UpstreamFailed          generation_failed  no         another server did; ``cause``
 
 A message says what happened, why, and what to do next; it never holds a user's text.
 """
@@ -65,3 +66,11 @@ class ModelUnavailable(AssistantError):
 
 class GenerationFailed(AssistantError):
     code = "generation_failed"
+
+
+class UpstreamFailed(GenerationFailed):
+    """Another server gave no good answer. ``cause`` is from a closed set, for logs and tests."""
+
+    def __init__(self, cause: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.cause = cause

@@ -9,7 +9,7 @@ values, ``known_facts`` reads settings.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ _MONTH = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
     r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
 )
-_NUMBER = r"\d{1,3}(?:[,.\s]\d{3})*(?:[.,]\d{1,2})?|\d+(?:[.,]\d{1,2})?"
+_NUMBER = r"\d{1,3}(?:[,.\s]\d{3}){0,5}(?:[.,]\d{1,2})?|\d+(?:[.,]\d{1,2})?"
 #: Order matters: the first alternative that fits at a position wins.
 _VALUES = re.compile(
     rf"""
@@ -75,15 +75,20 @@ def mask(text: str) -> Masked:
     parts: list[str | Slot] = []
     values: dict[str, str] = {}
     end = 0
-    for match in _VALUES.finditer(text):
-        name, start, stop = _classify(match, text)
-        if name is None:
-            continue
+    for name, start, stop in spans(text):
         values.setdefault(name, text[start:stop])
         parts += [text[end:start], Slot(name)]
         end = stop
     parts.append(text[end:])
     return Masked(tuple(part for part in parts if part), values)
+
+
+def spans(text: str) -> Iterator[tuple[str, int, int]]:
+    """Placeholder, start and end of each value in ``text``, in order."""
+    for match in _VALUES.finditer(text):
+        name, start, stop = _classify(match, text)
+        if name is not None:
+            yield name, start, stop
 
 
 def _classify(match: re.Match[str], text: str) -> tuple[str | None, int, int]:

@@ -57,7 +57,8 @@ class Started:
 
     ``intent`` is the best intent of the closed set (also when the question is out of scope), or
     None for a model without intents. ``scope`` is the probability that the question is in scope.
-    ``band`` is what the model's own fitted thresholds say of the answer that follows.
+    ``band`` is what the model's own fitted thresholds say of the answer that follows. Where an
+    engine here writes: seconds in its queue, and from there to its first token.
     """
 
     model: str
@@ -65,6 +66,8 @@ class Started:
     confidence: float | None = None
     scope: float | None = None
     band: Band = "answer"
+    queue_s: float | None = field(default=None, compare=False)
+    prefill_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

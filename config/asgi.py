@@ -1,7 +1,8 @@
 """HTTP and the one WebSocket consumer; who may open a socket from which page is decided here.
 
 A socket with a session cookie must come from a page of this origin, or any site could chat in its
-visitor's name. A socket with a bearer token carries no cookie, so it needs no origin.
+visitor's name. A socket with a bearer token carries no cookie, so it needs no origin; nor does one
+that has neither cookie nor origin, as no browser's has, and says its token in its first frame.
 """
 
 from __future__ import annotations
@@ -70,10 +71,15 @@ class Doorkeeper:
         self._denied = WebsocketDenier.as_asgi()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Any:
-        if _headers(scope, b"authorization"):
+        if _headers(scope, b"authorization") or _no_browser(scope):
             return await self._by_token(scope, receive, send)
         inner = self._by_session if same_origin(scope) else self._denied
         return await inner(scope, receive, send)
+
+
+def _no_browser(scope: dict[str, Any]) -> bool:
+    """Browsers always say from which page they come, and the rest of them has a cookie."""
+    return not _headers(scope, b"origin") and not _headers(scope, b"cookie")
 
 
 class Bounded:

@@ -8,6 +8,8 @@ not know whether it runs a test, a demo or production.
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -23,7 +25,8 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 # --- Reading the environment ---------------------------------------------------------------------
 
-Kind = Literal["text", "list", "flag", "whole", "seconds", "rate", "secret"]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Kind = Literal["text", "list", "flag", "whole", "seconds", "share", "rate", "secret"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,36 @@ def env_seconds(name: str, default: float, explain: str) -> float:
     return float(value)
 
 
+def env_share(name: str, default: float, explain: str) -> float:
+    value = _raw(name, "share", f"{default:g}", explain)
+    if not re.fullmatch(r"0(\.\d{1,6})?|1(\.0{1,6})?", value):
+        raise _bad(name, value, "a number from 0 to 1 such as 0.6")
+    return float(value)
+
+
 def env_rate(name: str, default: str, explain: str) -> str | None:
     value = _raw(name, "rate", default, explain)
     if value == "off":
         return None
-    if not re.fullmatch(r"[1-9]\d{0,6}/[1-9]?\d{0,4}[smhd]", value):
+    if not re.fullmatch(r"[1-9]\d{0,6}/([1-9]\d{0,3})?[smhd]", value):
         raise _bad(name, value, "a rate such as 20/m or 500/h, or off")
     return value
+
+
+def env_networks(name: str, explain: str) -> list[Network]:
+    """IPv6 is compared by its /64, as callers are told apart."""
+    found: list[Network] = []
+    for part in env_list(name, "", explain):
+        try:
+            network = ipaddress.ip_network(part)
+        except ValueError:
+            raise _bad(name, part, "a network such as 10.0.0.0/8") from None
+        if isinstance(network, ipaddress.IPv6Network) and network.prefixlen > 64:
+            if not network.is_loopback:
+                raise _bad(name, part, "an IPv6 network of /64 or larger")
+            network = network.supernet(new_prefix=64)
+        found.append(network)
+    return found
 
 
 # --- Where things are kept -----------------------------------------------------------------------
@@ -108,13 +134,16 @@ if not DATA_DIR.is_absolute():
 
 
 def _data_folder(*parts: str) -> Path:
-    folder = DATA_DIR.joinpath(*parts)
+    return _made(DATA_DIR.joinpath(*parts), "ASSISTANT_DATA_DIR")
+
+
+def _made(folder: Path, variable: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImproperlyConfigured(
             f"The folder {folder} cannot be made ({error.strerror}). "
-            "Set ASSISTANT_DATA_DIR to a folder this process may write."
+            f"Set {variable} to a folder this process may write."
         ) from error
     return folder
 
@@ -165,10 +194,12 @@ ASSISTANT_HTTPS = env_flag(
 if ASSISTANT_TRUSTED_PROXIES:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 SECURE_SSL_REDIRECT = ASSISTANT_HTTPS
-SECURE_REDIRECT_EXEMPT = [r"^livez$"]  # probes speak plain HTTP inside the network
+# Probes speak plain HTTP inside the network.
+SECURE_REDIRECT_EXEMPT = [r"^(livez|readyz|healthz|health|metrics)$"]
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = ASSISTANT_HTTPS
 SECURE_HSTS_SECONDS = 31_536_000 if ASSISTANT_HTTPS else 0
 SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = ASSISTANT_HTTPS
+CSRF_FAILURE_VIEW = "conversations.views.csrf_failure"
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 X_FRAME_OPTIONS = "SAMEORIGIN"  # the chat may be framed by the product itself, hence not W019
 SILENCED_SYSTEM_CHECKS = ["security.W019"]
@@ -213,9 +244,9 @@ INSTALLED_APPS = [
     "assistant",
 ]
 MIDDLEWARE = [
+    "monitoring.views.http_metrics_middleware",
     "conversations.access.request_id_middleware",
     "django.middleware.security.SecurityMiddleware",
-    "servestatic.middleware.ServeStaticMiddleware",
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -255,6 +286,7 @@ SERVESTATIC_ALLOW_ALL_ORIGINS = False
 def static_headers(headers: Any, path: str, url: str) -> None:
     """Let isolated pages of this origin, and no other, use our files (wasm threads need it)."""
     headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    headers["X-Content-Type-Options"] = "nosniff"
 
 
 SERVESTATIC_ADD_HEADERS_FUNCTION = static_headers
@@ -304,6 +336,10 @@ SPECTACULAR_SETTINGS = {
     "OAS_VERSION": "3.1.0",
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "PREPROCESSING_HOOKS": ["conversations.schema.only_ours"],
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "conversations.schema.strict_bodies",
+    ],
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",  # our own files: a page that loads from a CDN is blank offline
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
@@ -385,6 +421,15 @@ RATELIMIT_USE_CACHE = "ratelimit"
 ASSISTANT_RATE = env_rate(
     "ASSISTANT_RATE", "20/m", "Questions per caller and period (s, m, h, d), or off."
 )
+# Off by default: 20 questions of at most ASSISTANT_CONTEXT_TOKENS bound a minute's tokens already.
+ASSISTANT_TOKENS_PER_MINUTE = env_whole(
+    "ASSISTANT_TOKENS_PER_MINUTE", 0, "Tokens one caller's answers may use a minute. 0: any."
+)
+ASSISTANT_TOKENS_PER_DAY = env_whole(
+    "ASSISTANT_TOKENS_PER_DAY",
+    0,
+    "Tokens one caller's answers may use a day, read and written. 0: any.",
+)
 # Twenty wrong passwords in five minutes is nobody who knows theirs, even behind a shared address.
 ASSISTANT_LOGIN_RATE = env_rate(
     "ASSISTANT_LOGIN_RATE", "20/5m", "Tries to sign in per address and period, or off."
@@ -403,6 +448,10 @@ ASSISTANT_MAX_TURNS_PER_CALLER = env_whole(
 ASSISTANT_MAX_SOCKETS_PER_CALLER = env_whole(
     "ASSISTANT_MAX_SOCKETS_PER_CALLER", 20, "Sockets one caller may keep open.", least=1
 )
+# An office behind one address is fine; it also bounds sockets that have not said whose they are.
+ASSISTANT_MAX_SOCKETS_PER_ADDRESS = env_whole(
+    "ASSISTANT_MAX_SOCKETS_PER_ADDRESS", 100, "Sockets one address may keep open.", least=1
+)
 
 # --- Who answers ---------------------------------------------------------------------------------
 
@@ -418,6 +467,29 @@ _MAX_NEW_TOKENS = env_whole(
     256,
     "Longest answer, in tokens.",
     least=1,
+)
+# A larger model elsewhere is off unless all three are set; the first two may be there for others.
+_UPSTREAM = {
+    "base_url": env_text(
+        "OPENAI_BASE_URL", "", "Server of a larger model, such as https://api.openai.com/v1."
+    ),
+    "api_key": env_secret("OPENAI_API_KEY", "Key for that server."),
+    "model": env_text(
+        "ASSISTANT_UPSTREAM_MODEL",
+        "",
+        "Name of the larger model there. It is asked only if this and the two above are set.",
+    ),
+}
+if _UPSTREAM["model"] and not all(_UPSTREAM.values()):
+    raise ImproperlyConfigured(
+        "ASSISTANT_UPSTREAM_MODEL is set, so OPENAI_BASE_URL and OPENAI_API_KEY must be set too. "
+        "Set them, or unset the model to use none."
+    )
+_UPSTREAM_SYSTEM = (
+    "You are the customer support assistant of an online shop. Answer briefly, in plain text and "
+    "in the user's language. Words in double braces such as {{Order Number}} stand for values you "
+    "cannot see: copy them exactly, braces included, and never invent a value. If you do not know "
+    "something about the shop, say so."
 )
 ASSISTANT: dict[str, Any] = {
     "BACKENDS": {
@@ -467,12 +539,71 @@ ASSISTANT: dict[str, Any] = {
             },
         },
         "echo": {"BACKEND": "assistant.backends.echo.EchoBackend", "OPTIONS": {}},
+        **(
+            {
+                "upstream": {
+                    "BACKEND": "fallback.upstream.UpstreamBackend",
+                    "OPTIONS": {
+                        **_UPSTREAM,
+                        "system": _UPSTREAM_SYSTEM,
+                        "max_new_tokens": _MAX_NEW_TOKENS,
+                    },
+                }
+            }
+            if all(_UPSTREAM.values())
+            else {}
+        ),
     },
+    "UPSTREAM": {
+        # Enough to see what it is worth, too little to be a surprise on a bill.
+        "CALLS_PER_DAY": env_whole(
+            "ASSISTANT_UPSTREAM_CALLS_PER_DAY", 500, "Calls of the larger model a day, by all."
+        ),
+        "CALLS_PER_USER_DAY": env_whole(
+            "ASSISTANT_UPSTREAM_CALLS_PER_USER",
+            20,
+            "Calls of the larger model a day, by one user.",
+        ),
+        "CONSENT": env_text(
+            "ASSISTANT_UPSTREAM_CONSENT",
+            "all",
+            "Whose questions may go there, without personal values: all, signed_in, none, or the "
+            "dotted path of a function of the caller's key.",
+        ),
+    },
+    # When a backend is left alone for a while; see fallback/breaker.py for what each means.
+    "BREAKER": {"shared": ["upstream"]},
     # Tried in order until one answers; every name that is not one of ours is a backend's alias.
-    "ROUTE": ["reviewed", ASSISTANT_BACKEND, "rules", "human"],
+    "ROUTE": [
+        *("reviewed", "cache", ASSISTANT_BACKEND),
+        *(["upstream"] if all(_UPSTREAM.values()) else []),
+        *("stale", "rules", "human"),
+    ],
+    # Above 0, a model that is less sure than this hands on, whatever its own fitted bands say.
+    "CONFIDENCE_MIN": env_share(
+        "ASSISTANT_CONFIDENCE_MIN", 0.0, "How sure (0 to 1) a model must be. 0: as it was fitted."
+    ),
     "MAX_NEW_TOKENS": _MAX_NEW_TOKENS,
-    # A rule must be this alike (0..100) to speak; 86 keeps typing errors, refuses other questions.
-    "RULE_SCORE": 86.0,
+    # How sure (0..100) a rule must be to speak. At 70, 96 % of what rules say to natural questions
+    # of a shop is right and they answer 85 % of them; at 60 it is 95 and 88, at 80 97 and 81.
+    "RULE_SCORE": 70.0,
+    # A reviewed answer to other words (fallback/near.py). The words decide; the model may refuse:
+    # of pairs with the same words 1 % lie under 0.5, of pairs about something else 99 % do.
+    "NEAR": {"SIMILARITY": 0.5, "MARGIN": 0.02, "READ_TIMEOUT_S": 0.25},
+    "CACHE": {
+        # An answer depends on the model and on what is in the key, not on the day; an hour bounds
+        # how long a fact that changed elsewhere is told the old way.
+        "FRESH_S": env_seconds(
+            "ASSISTANT_CACHE_FRESH_S", 3600, "How long an answer is given again instead of written."
+        ),
+        "STALE_S": env_seconds(
+            "ASSISTANT_CACHE_STALE_S",
+            86400,
+            "How long after it was written an answer may still stand in for a model that fails.",
+        ),
+        # As long as for a model's first word: after that everybody makes an answer of their own.
+        "WAIT_S": 5.0,
+    },
     "FIRST_TOKEN_TIMEOUT_S": env_seconds(
         "ASSISTANT_FIRST_TOKEN_TIMEOUT_S", 5, "Wait for the model's first word before rules answer."
     ),
@@ -527,14 +658,61 @@ CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 
+# --- Who may watch -------------------------------------------------------------------------------
+
+ASSISTANT_METRICS_TOKEN = env_secret(
+    "ASSISTANT_METRICS_TOKEN",
+    "Opens /metrics and the reasons at /readyz, sent as a bearer; staff see them signed in.",
+)
+if 0 < len(ASSISTANT_METRICS_TOKEN) < 16:
+    raise ImproperlyConfigured(
+        "ASSISTANT_METRICS_TOKEN is shorter than 16 characters, so it could be guessed. Make one "
+        "with: python -c 'import secrets; print(secrets.token_urlsafe(24))'"
+    )
+# None by default: behind a proxy on this host everybody would come from 127.0.0.1.
+ASSISTANT_INTERNAL_NETWORKS = env_networks(
+    "ASSISTANT_INTERNAL_NETWORKS", "Networks that see the same, such as 10.0.0.0/8,fd00::/8."
+)
+# Only for several processes behind one address; its folder must be empty when they start.
+PROMETHEUS_MULTIPROC_DIR = env_text(
+    "PROMETHEUS_MULTIPROC_DIR",
+    "",
+    "Folder in which several processes add up their metrics. Unset: each shows its own.",
+)
+if PROMETHEUS_MULTIPROC_DIR:
+    _made(Path(PROMETHEUS_MULTIPROC_DIR), "PROMETHEUS_MULTIPROC_DIR")
+# Longer than a balancer takes to notice; the server's own --timeout-graceful-shutdown follows.
+ASSISTANT_DRAIN_SECONDS = env_seconds(
+    "ASSISTANT_DRAIN_SECONDS",
+    0,
+    "Seconds between SIGTERM, which turns /readyz to 503, and the end.",
+)
+
 # --- What is written down ------------------------------------------------------------------------
 
 LOG_LEVEL = env_text("ASSISTANT_LOG_LEVEL", "INFO", "Least level that is logged.").upper()
+
+
+def callers_mistake(record: logging.LogRecord) -> bool:
+    """A request Django itself refused is one line, without our stack and their header."""
+    if record.name.startswith("django.security."):
+        record.msg, record.args = "A request was refused as malformed.", None
+        record.exc_info = record.exc_text = None
+    return True
+
+
 LOGGING = {
     "version": 1,
+    "filters": {"mistakes": {"()": "django.utils.log.CallbackFilter", "callback": callers_mistake}},
     "disable_existing_loggers": False,
     "formatters": {"plain": {"format": "{asctime} {levelname} {name} {message}", "style": "{"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "plain",
+            "filters": ["mistakes"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
 }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # serving never downloads

@@ -7,6 +7,7 @@ from django.urls import include, path
 
 from conversations import reference, tokens, views
 from conversations.access import GuardedAdminLogin
+from monitoring import views as health
 
 admin.site.site_header = admin.site.site_title = "Inhouse"
 admin.site.index_title = "Staff"
@@ -20,9 +21,12 @@ urlpatterns = [
     path("api/schema/", reference.Schema.as_view(), name="schema"),
     path("api/docs/", reference.docs, name="docs"),
     path("admin/", admin.site.urls),
-    path("livez", views.livez, name="livez"),
+    path("livez", health.livez, name="livez"),
+    *(path(name, health.readyz, name=name) for name in ("readyz", "healthz", "health")),
+    path("metrics", health.show_metrics, name="metrics"),
 ]
 
 handler400 = "conversations.views.bad_request"
+handler403 = "conversations.views.permission_denied"
 handler404 = "conversations.views.not_found"
 handler500 = "conversations.views.server_error"

@@ -1,29 +1,26 @@
 """Who is asking and whether they may: one decision for every transport.
 
-A transport only builds a ``Caller``; text, rate and running turns are judged here. Knows nothing of
-HTTP or sockets. Redis being away makes the limit stricter, never absent and never an error.
+A transport only builds a ``Caller``; text, rate, tokens, running turns and open sockets are judged
+here, and counted in ``counting``. Knows nothing of HTTP or frames. Redis being away makes a limit
+stricter, never absent and never an error.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from django.conf import settings
-from django.core.cache import caches
-from django_ratelimit.core import get_usage
+from django.dispatch import Signal
 
 from assistant.errors import InvalidRequest, RateLimited
+from conversations import counting
+from conversations.counting import Limit, Places, Standing, limit_of
 
-log = logging.getLogger(__name__)
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+#: The address of a peer that has none, as behind a socket file.
+UNKNOWN = "unknown"
 #: C0 and C1 controls but tab, line feed and carriage return.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -35,6 +32,8 @@ class Caller:
     user_id: int | None
     session_key: str = ""
     address: str = ""
+    #: Where they stood when they were last counted, for the reply's headers.
+    standings: list[Standing] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -47,24 +46,40 @@ class Caller:
         return f"user:{self.user_id}" if self.user_id else f"address:{self.address}"
 
 
+#: Sent for each refusal, with ``scope``: the name of the limit that was reached.
+refused = Signal()
+
+
+class TooMany(RateLimited):
+    """A limit is reached; ``standings`` as those of a caller, the one that refuses among them."""
+
+    def __init__(self, message: str, standings: Sequence[Standing] = ()) -> None:
+        waits = [standing.reset_s for standing in standings if standing.refused]
+        super().__init__(message, retry_after_s=max(waits, default=1))
+        self.standings = tuple(standings)
+
+
 def client_address(peer: str, forwarded: str) -> str:
     """The network the request came from: the address our own outermost proxy saw, or the peer.
 
-    IPv6 is cut to its /64, which is what one household or server gets. What is no address counts
-    as the peer's: a header can never cause an error or choose its own bucket.
+    IPv6 is cut to its /64, which is what one household or server gets, unless it only wraps an
+    IPv4 address. What is no address counts as the peer's: a header can never cause an error or
+    choose its own bucket.
     """
     hops = settings.ASSISTANT_TRUSTED_PROXIES
-    listed = [part.strip() for part in forwarded.split(",")]
+    listed = [part.strip(" \t") for part in forwarded.split(",")]
     candidates = [listed[-hops]] if hops and len(listed) >= hops else []
     for candidate in [*candidates, peer]:
         try:
             address = ipaddress.ip_address(candidate.partition("%")[0])
         except ValueError:
             continue
-        if address.version == 6:
-            return str(ipaddress.ip_network((address, 64), strict=False).network_address)
-        return str(address)
-    return "unknown"
+        if isinstance(address, ipaddress.IPv4Address):
+            return str(address)
+        if address.ipv4_mapped is not None:  # what a server listening on both sees of an IPv4 peer
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False).network_address)
+    return UNKNOWN
 
 
 def admit(caller: Caller, text: str) -> str:
@@ -94,52 +109,109 @@ def valid_text(text: object, *, limit: int) -> str:
     return text
 
 
+# --- How often, how much -------------------------------------------------------------------------
+
+
 def take(caller: Caller) -> None:
-    """Count one request. Raises: RateLimited with the seconds until the next is let through."""
-    rate = settings.ASSISTANT_RATE
-    if rate is None:
-        return
-    usage = _usage(caller.rate_key, rate)
-    if usage["should_limit"]:
-        wait = max(1, int(usage["time_left"]))
-        raise RateLimited(
-            f"Too many questions: at most {rate.replace('/', ' per ')}. Try again in {wait} s.",
-            retry_after_s=wait,
-        )
+    """Count one request of a caller who has tokens left. Sync: up to three calls of the cache.
+
+    Raises: TooMany with the seconds until the next is let through.
+    """
+    key = caller.rate_key
+    standings = counting.look(_token_limits(), key)
+    if not any(standing.refused for standing in standings) and settings.ASSISTANT_RATE is not None:
+        standings = [counting.take(limit_of("chat", settings.ASSISTANT_RATE), key), *standings]
+    caller.standings[:] = standings
+    reached = [standing for standing in standings if standing.refused]
+    if reached:
+        longest = max(reached, key=lambda each: each.reset_s)
+        raise _too_many(longest.limit.name, _refusal(longest), standings)
+
+
+def spend(caller: Caller, tokens: int) -> None:
+    """Count what an answer took, once it has ended; the next ``take`` looks at it. Sync."""
+    if tokens > 0:
+        counting.spend(_token_limits(), caller.rate_key, tokens)
 
 
 def take_login(address: str) -> None:
-    """Count one try to sign in, by address: nobody locks others out. Raises: RateLimited."""
+    """Count one try to sign in, by address: nobody locks others out. Raises: TooMany."""
     rate = settings.ASSISTANT_LOGIN_RATE
     if rate is None:
         return
-    usage = _usage(f"login:{address}", rate)
-    if usage["should_limit"]:
-        wait = max(1, int(usage["time_left"]))
-        raise RateLimited(f"Too many tries to sign in. Wait {wait} s.", retry_after_s=wait)
+    standing = counting.take(limit_of("login", rate), f"login:{address}")
+    if standing.refused:
+        raise _too_many("login", _refusal(standing), [standing])
 
 
-def _usage(key: str, rate: str) -> Mapping[str, Any]:
-    request = SimpleNamespace(method="POST", META={})
-    try:
-        usage: Mapping[str, Any] | None = get_usage(
-            request, group="chat", key=lambda group, request: key, rate=rate, increment=True
-        )
-    except Exception as error:  # any of redis-py's; a limiter must not stop the chat
-        log.warning("rate limiter is counting in this process: %s", type(error).__name__)
-        return _emergency_usage(key, rate)
-    if usage is None or usage["limit"] == 0:  # the library's word for "my cache is away"
-        return _emergency_usage(key, rate)
-    return usage
+def _too_many(scope: str, message: str, standings: Sequence[Standing] = ()) -> TooMany:
+    """The error to raise; observers hear of it."""
+    refused.send_robust(sender=TooMany, scope=scope)
+    return TooMany(message, standings)
 
 
-def _emergency_usage(key: str, rate: str) -> Mapping[str, Any]:
-    """The same window counted in this process, at a quarter: other processes count theirs."""
-    count, multiple, unit = re.fullmatch(r"(\d+)/(\d*)([smhd])", rate).groups()  # type: ignore[union-attr]
-    period = int(multiple or 1) * _SECONDS[unit]
-    now = int(time.time())
-    name = f"emergency:{key}:{now // period}"
-    cache = caches["local"]
-    cache.add(name, 0, period + 5)
-    used = cache.incr(name)
-    return {"should_limit": used > max(1, int(count) // 4), "time_left": period - now % period}
+def _token_limits() -> list[Limit]:
+    """Those that are set."""
+    minute, day = settings.ASSISTANT_TOKENS_PER_MINUTE, settings.ASSISTANT_TOKENS_PER_DAY
+    found = [Limit("tokens-minute", minute, 60)] if minute else []
+    return [*found, Limit("tokens-day", day, 86_400)] if day else found
+
+
+def _refusal(standing: Standing) -> str:
+    """What happened and when it passes; ``quota`` is a quarter while the cache is away."""
+    again = f"Try again in {standing.reset_s} s."
+    per = _period(standing.limit.window_s)
+    match standing.limit.name:
+        case "login":
+            return f"Too many tries to sign in. Wait {standing.reset_s} s."
+        case "chat":
+            return f"Too many questions: at most {standing.quota:,} {per}. {again}"
+    return f"Your answers have used the {standing.quota:,} tokens you have {per}. {again}"
+
+
+def _period(seconds: int) -> str:
+    for length, name in ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second")):
+        if seconds % length == 0:
+            number = seconds // length
+            return f"per {name}" if number == 1 else f"per {number:,} {name}s"
+    raise AssertionError("every whole number is a number of seconds")
+
+
+# --- How many at the same time -------------------------------------------------------------------
+
+_sockets = Places()
+
+
+def may_write(held: int) -> None:
+    """Whether one who has so many answers being written may start another. Raises: TooMany."""
+    if held >= settings.ASSISTANT_MAX_TURNS_PER_CALLER:
+        told = f"{held} answers are being written for you already. Wait for one to end."
+        raise _too_many("turns", told)
+
+
+class Seat:
+    """What one socket holds: a place of its address from the start, one of its caller's later.
+
+    The address's bounds those who have not said who they are. A peer without one is not counted:
+    all of them would be one.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Raises: TooMany."""
+        self._keys: list[str] = []
+        if address != UNKNOWN:
+            self._take(f"address:{address}", settings.ASSISTANT_MAX_SOCKETS_PER_ADDRESS)
+
+    def belongs_to(self, caller: Caller) -> None:
+        """Raises: TooMany; what was held stays held."""
+        self._take(caller.key, settings.ASSISTANT_MAX_SOCKETS_PER_CALLER)
+
+    def _take(self, key: str, most: int) -> None:
+        if not _sockets.take(key, most):
+            raise _too_many("sockets", f"{most} sockets are open already. Close one.")
+        self._keys.append(key)
+
+    def leave(self) -> None:
+        """Any number of times."""
+        while self._keys:
+            _sockets.give_back(self._keys.pop())

@@ -9,18 +9,20 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from django.conf import settings
-
-from assistant.errors import RateLimited
-from conversations.limits import Caller
+from conversations.limits import Caller, may_write
 from conversations.models import STALE_AFTER, Message
 
 if TYPE_CHECKING:
+    from conversations.log import Log
     from conversations.turn import Turn
+
+#: Logs of ended turns are kept for readers that come back: so many, for so long.
+KEPT_LOGS, KEPT_LOGS_S = 200, 600.0
 
 
 class Running:
@@ -30,6 +32,7 @@ class Running:
         self._turns: dict[uuid.UUID, Turn] = {}
         self._lock = threading.Lock()
         self._opening: dict[str, int] = {}
+        self._ended: OrderedDict[uuid.UUID, tuple[float, Log]] = OrderedDict()
 
     def get(self, conversation_id: uuid.UUID) -> Turn | None:
         return self._turns.get(conversation_id)
@@ -44,10 +47,35 @@ class Running:
             if self._turns.get(turn.conversation_id) is turn:
                 del self._turns[turn.conversation_id]
 
+    def keep(self, message_id: uuid.UUID, log: Log) -> None:
+        """Keep the log of an answer that ends, for readers that come back."""
+        with self._lock:
+            self._ended.pop(message_id, None)
+            self._ended[message_id] = (time.monotonic(), log)
+            while len(self._ended) > KEPT_LOGS:
+                self._ended.popitem(last=False)
+
+    def log_of(self, message: Message) -> Log | None:
+        """The log of that answer, if it is or was written here."""
+        turn = self.get(message.conversation_id)
+        if turn is not None and turn.message.pk == message.pk:
+            return turn.log
+        with self._lock:
+            since = time.monotonic() - KEPT_LOGS_S
+            while self._ended and next(iter(self._ended.values()))[0] < since:
+                self._ended.popitem(last=False)
+            found = self._ended.get(message.pk)
+        return found[1] if found is not None else None
+
     def of(self, caller: Caller) -> list[Turn]:
         """Every turn of that caller in this process."""
         with self._lock:
             return [turn for turn in self._turns.values() if turn.caller.key == caller.key]
+
+    def all(self) -> list[Turn]:
+        """Every turn of this process."""
+        with self._lock:
+            return list(self._turns.values())
 
     @contextmanager
     def room_for(self, caller: Caller) -> Iterator[None]:
@@ -66,11 +94,7 @@ class Running:
             self._drop_unread()
             held = sum(turn.caller.key == key for turn in self._turns.values())
             held += self._opening.get(key, 0)
-            if held >= settings.ASSISTANT_MAX_TURNS_PER_CALLER:
-                raise RateLimited(
-                    f"{held} answers are being written for you already. Wait for one to end.",
-                    retry_after_s=1,
-                )
+            may_write(held)
             self._opening[key] = self._opening.get(key, 0) + 1
 
     def _drop_unread(self) -> None:

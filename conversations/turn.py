@@ -15,8 +15,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
@@ -27,8 +27,9 @@ from django.dispatch import Signal
 from django.utils import timezone
 
 from assistant import types
-from assistant.errors import AssistantError, GenerationFailed
+from assistant.errors import AssistantError, GenerationFailed, Overloaded, RateLimited
 from conversations import limits, markdown, opening
+from conversations.idempotency import Once
 from conversations.limits import Caller
 from conversations.log import Created, Delta, Log, Reader
 from conversations.models import ALIVE_EVERY_S, Conversation, Message
@@ -49,6 +50,8 @@ SAVE_PAUSES_S = (0.2, 1.0, 5.0, 20.0)
 
 #: Sent once per turn, after it is stored, with ``record: TurnRecord``. Receivers only observe.
 turn_finished = Signal()
+#: Sent for each question that found no room, with ``transport`` and the error's ``code``.
+turn_refused = Signal()
 
 #: Endings being stored: a task nobody holds may be collected.
 _finishing: set[asyncio.Future[None]] = set()
@@ -81,6 +84,9 @@ class TurnRecord:
     attempt: int
     #: False: there is no row of that id, and never was.
     stored: bool = True
+    #: Of an engine here: in its queue, and from there to its first token.
+    queue_ms: float | None = None
+    prefill_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,15 @@ class _Progress:
     @property
     def text(self) -> str:
         return "".join(self.parts)
+
+
+@contextmanager
+def _refusals_told(transport: str) -> Iterator[None]:
+    try:
+        yield
+    except (RateLimited, Overloaded) as error:
+        turn_refused.send_robust(sender=Turn, transport=transport, code=error.code)
+        raise
 
 
 # --- The turn ------------------------------------------------------------------------------------
@@ -160,17 +175,19 @@ class Turn:
         params: types.Params | None = None,
         *,
         transport: str = "rest",
+        once: Once | None = None,
     ) -> Turn:
         """A turn whose question is stored. Raises: AssistantError, and then nothing is stored."""
-        question = limits.admit(caller, text)
-        with running.room_for(caller):
-            opened = opening.first_run(caller, conversation, question, params)
-            return running.add(cls(opened, caller, transport))
+        with _refusals_told(transport):
+            question = limits.admit(caller, text)
+            with running.room_for(caller):
+                opened = opening.first_run(caller, conversation, question, params, once)
+                return running.add(cls(opened, caller, transport))
 
     @classmethod
     def retry(cls, caller: Caller, message_id: uuid.UUID, *, transport: str = "rest") -> Turn:
         """A turn that writes a broken answer again, in place. Raises: AssistantError."""
-        with running.room_for(caller):
+        with _refusals_told(transport), running.room_for(caller):
             return running.add(cls(opening.another_run(caller, message_id), caller, transport))
 
     @classmethod
@@ -187,29 +204,47 @@ class Turn:
 
         ``steps``: who may answer, instead of the whole route. Raises: AssistantError.
         """
-        limits.admit(caller, said.question)
-        with running.room_for(caller):
-            opened = opening.passing_run(caller, said, params, steps)
-            return running.add(cls(opened, caller, transport))
+        with _refusals_told(transport):
+            limits.admit(caller, said.question)
+            with running.room_for(caller):
+                opened = opening.passing_run(caller, said, params, steps)
+                return running.add(cls(opened, caller, transport))
 
     @classmethod
-    def regenerate(cls, caller: Caller, message_id: uuid.UUID, *, transport: str = "rest") -> Turn:
+    def regenerate(
+        cls,
+        caller: Caller,
+        message_id: uuid.UUID,
+        *,
+        transport: str = "rest",
+        once: Once | None = None,
+    ) -> Turn:
         """A turn that writes another answer beside that one. Raises: AssistantError."""
-        with running.room_for(caller):
-            opened = opening.new_version(caller, message_id, None)
+        with _refusals_told(transport), running.room_for(caller):
+            opened = opening.new_version(caller, message_id, None, once)
             return running.add(cls(opened, caller, transport))
 
     @classmethod
     def edit(
-        cls, caller: Caller, message_id: uuid.UUID, text: str, *, transport: str = "rest"
+        cls,
+        caller: Caller,
+        message_id: uuid.UUID,
+        text: str,
+        *,
+        transport: str = "rest",
+        once: Once | None = None,
     ) -> Turn:
         """A turn that answers that question put differently. Raises: AssistantError."""
         limits.valid_text(text, limit=settings.ASSISTANT_MAX_TEXT_CHARS)
-        with running.room_for(caller):
-            opened = opening.new_version(caller, message_id, text)
+        with _refusals_told(transport), running.room_for(caller):
+            opened = opening.new_version(caller, message_id, text, once)
             return running.add(cls(opened, caller, transport))
 
     # -- reading
+
+    @property
+    def log(self) -> Log:
+        return self._log
 
     def read(self, after_seq: int = 0) -> Reader:
         """A reader of the log from there on; any number may read, at different places."""
@@ -322,6 +357,8 @@ class Turn:
         """Store, make room, tell the readers, tell the observers: in this order."""
         self._log.flush()
         message = await self._saved(ending, error)
+        if self._stored:
+            running.keep(message.pk, self._log)
         running.remove(self)
         self._log.end(message, error)
         await _in_thread(self._tell, message, ending)
@@ -354,6 +391,21 @@ class Turn:
         thread.join(LAST_SAVE_S)
 
     def _save(self, ending: Ending, error: AssistantError | None) -> Message:
+        """The row as it ends; what it took is counted before its reader can ask again."""
+        message = self._store(ending, error)
+        limits.spend(self.caller, self._tokens())
+        return message
+
+    def _tokens(self) -> int:
+        """What the answer took. One cut short was never counted: about four characters a token."""
+        usage = self._progress.usage
+        told = usage.input_tokens + usage.output_tokens
+        if told or self._progress.started is None:
+            return told
+        read = sum(len(message.text) for message in self._ask.messages)
+        return (read + self._progress.chars) // 4
+
+    def _store(self, ending: Ending, error: AssistantError | None) -> Message:
         """The row as it ends, if it is still ours to end."""
         message = self._filled(ending, error)
         if not self._stored:
@@ -389,6 +441,7 @@ class Turn:
         return message
 
     def _tell(self, message: Message, ending: Ending) -> None:
+        started = self._progress.started
         record = TurnRecord(
             conversation_id=self.conversation_id,
             message_id=message.pk,
@@ -409,6 +462,8 @@ class Turn:
             error_code=message.error_code,
             attempt=message.attempt,
             stored=self._stored,
+            queue_ms=_ms(started.queue_s if started else None),
+            prefill_ms=_ms(started.prefill_s if started else None),
         )
         for receiver, answer in turn_finished.send_robust(sender=Turn, record=record):
             if isinstance(answer, Exception):
@@ -450,6 +505,10 @@ class Turn:
             self._tell(self._save(ending, None), ending)
         else:
             self.start()
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
 
 
 def _snapshot(message: Message) -> Message:

@@ -1,20 +1,25 @@
 """Rules and reviewed answers as the router needs them, read once and kept for a moment.
 
 Loaded before an answer streams, never during; a change by staff is live within ``TTL_S`` in every
-process and at once in the one that saved it. Reviewed answers are found by their exact words.
+process and at once in the one that saved it. Reviewed answers are found by their exact words, or
+near them (``fallback.near``).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from django.db.models.signals import post_delete, post_save
 
-from fallback.models import ReviewedAnswer, Rule
-from fallback.rules import RuleText, normalise, worded
+from fallback import near, rulebook
+from fallback.models import PolicyChange, ReviewedAnswer, Rule
+from fallback.policy import Policy
+from fallback.rules import RuleText, normalise
+from fallback.words import signs
 
 TTL_S = 5.0
 
@@ -23,17 +28,30 @@ TTL_S = 5.0
 class Reviewed:
     answer: str
     intent: str
+    #: As it was written: a normalised one has lost its currency. Empty: not known.
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
     """Everything written by staff; ``reviewed`` by normalised question."""
 
-    rules: tuple[RuleText, ...]
+    rules: Sequence[RuleText]
     reviewed: dict[str, Reviewed]
+    shelf: near.Shelf = field(default_factory=near.Shelf, compare=False)
+    #: What staff changed of the settings; None: nothing.
+    policy: Policy | None = None
 
     def reviewed_for(self, question: str) -> Reviewed | None:
-        return self.reviewed.get(normalise(question))
+        """The answer reviewed for exactly these words."""
+        found = self.reviewed.get(normalise(question))
+        if found and found.question and signs(found.question) != signs(question):
+            return None
+        return found
+
+    async def near_for(self, question: str, read: near.Reader = near.read_by_model) -> near.Verdict:
+        """The answer reviewed for other words that mean the same; touches no database."""
+        return await near.find(question, self.shelf, read)
 
 
 _kept: tuple[float, Known] | None = None
@@ -57,20 +75,16 @@ def forget(**_: Any) -> None:
 
 
 def _load() -> Known:
-    rules = tuple(
-        RuleText(
-            rule.name,
-            tuple(worded(phrase) for phrase in rule.patterns),
-            rule.answer,
-            rule.intent,
-            rule.priority,
-        )
-        for rule in Rule.objects.filter(active=True)
+    rows = list(ReviewedAnswer.objects.filter(active=True))
+    change = PolicyChange.objects.filter(active=True).first()
+    return Known(
+        rulebook.current(),
+        {row.normalised: Reviewed(row.answer, row.intent, row.question) for row in rows},
+        near.Shelf(near.Entry(row.question, row.answer, row.intent) for row in rows),
+        change.policy() if change else None,
     )
-    rows = ReviewedAnswer.objects.filter(active=True)
-    return Known(rules, {row.normalised: Reviewed(row.answer, row.intent) for row in rows})
 
 
-for _model in (Rule, ReviewedAnswer):
+for _model in (Rule, ReviewedAnswer, PolicyChange):
     post_save.connect(forget, sender=_model, dispatch_uid=f"forget-{_model.__name__}-save")
     post_delete.connect(forget, sender=_model, dispatch_uid=f"forget-{_model.__name__}-delete")

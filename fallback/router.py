@@ -1,36 +1,53 @@
-"""Who answers, and why: the steps of ``ASSISTANT["ROUTE"]`` in turn until one speaks.
+"""Who answers, and why: the steps of the policy in turn until one speaks.
 
-Yields ``Routed`` (again whenever the choice changes, never after the first delta) and then the
-events of ``assistant.types``. Knows nothing of conversations, callers or storage, and touches no
-database: what staff wrote comes with the ``Ask``.
+Yields ``Routed`` and then the events of ``assistant.types``. The choice changes again only before
+the first delta; a model that breaks off after it is continued, marked, by what is sure. Knows
+nothing of conversations, callers or storage, and touches no database: what staff wrote comes with
+the ``Ask``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from django.conf import settings
+from django.dispatch import Signal
+from django.utils import timezone
 
 from assistant import backends, facts
+from assistant.backends.base import Backend
 from assistant.errors import AssistantError, GenerationFailed, InvalidRequest, Overloaded
 from assistant.types import Delta, Event, Finished, Message, Params, Started, Usage
-from fallback import rules
+from fallback import breaker, cache
 from fallback.answers import Known
+from fallback.budget import BudgetSpent
+from fallback.matching import match
+from fallback.policy import Policy, policy
+from fallback.rules import Button
+from fallback.upstream import NoConsent
 
 log = logging.getLogger(__name__)
+
+#: Between what a model wrote until it broke and what is told instead.
+INTERRUPTED = "\n\n*The answer was interrupted; here is what I can say for sure:*\n\n"
+
+
+#: Sent when a kept answer was looked for, with ``kind`` (exact: to the same question; semantic: to
+#: one that means the same) and ``hit``.
+looked_up = Signal()
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A question with all that is needed to answer it; the last message is the question.
 
-    ``steps``: who was asked for by name, instead of the route in settings. A model that was asked
-    for alone answers even if unsure, and its failure is told instead of handed on.
+    ``steps``: who was asked for by name, instead of the policy's. A model that was asked for alone
+    answers even if unsure, and its failure is told instead of handed on.
     """
 
     messages: tuple[Message, ...]
@@ -41,6 +58,10 @@ class Ask:
     @property
     def question(self) -> str:
         return self.messages[-1].text
+
+    @property
+    def policy(self) -> Policy:
+        return self.known.policy or policy()
 
     @property
     def first(self) -> bool:
@@ -54,6 +75,12 @@ class Routed:
 
     route: str
     reason: str = ""
+    #: Quick replies below the answer, and whether a person is to take over.
+    buttons: tuple[Button, ...] = ()
+    hand_over: bool = False
+
+
+Events = AsyncIterator[Routed | Event]
 
 
 class _HandOn(Exception):
@@ -64,64 +91,146 @@ class _HandOn(Exception):
         self.reason = reason
 
 
-async def route(ask: Ask) -> AsyncIterator[Routed | Event]:
+@dataclass(slots=True)
+class _Way:
+    """How far a question has come: why nobody answered yet, and what was shown of an answer."""
+
+    ask: Ask
+    steps: tuple[str, ...]
+    stack: AsyncExitStack
+    reason: str = ""
+    shown: bool = False
+    flight: cache.Flight | None = None
+    key: cache.Key | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = key_of(self.ask)
+
+    def alone(self, alias: str) -> bool:
+        return self.ask.steps == (alias,)
+
+
+async def route(ask: Ask) -> Events:
     """Events of the first step that answers.
 
-    Raises: AssistantError from a model that broke after its first delta, and InvalidRequest.
+    Raises: InvalidRequest, and AssistantError from a model that was asked for alone.
     """
-    reason = ""
-    for step in ask.steps or settings.ASSISTANT["ROUTE"]:
-        try:
-            async with aclosing(_step(step, ask, reason)) as events:
-                async for event in events:
-                    yield event
-            return
-        except _HandOn as hand_on:
-            reason = hand_on.reason or reason
-    async with aclosing(_step("human", ask, reason)) as events:
-        async for event in events:
+    async with AsyncExitStack() as stack:
+        way = _Way(ask, ask.steps or ask.policy.steps, stack)
+        for step in (*way.steps, "human"):
+            try:
+                async with aclosing(cast(Any, _step(step, way))) as events:
+                    async for event in events:
+                        yield event
+                return
+            except _HandOn as hand_on:
+                way.reason = hand_on.reason or way.reason
+            except AssistantError as error:
+                if not way.shown or way.alone(step):
+                    raise
+                way.reason = _reason(error)
+                break
+        for event in _continued(way):
             yield event
 
 
-def _step(name: str, ask: Ask, reason: str) -> Any:
-    if name == "reviewed":
-        return _reviewed(ask)
-    if name == "rules":
-        return _rules(ask, reason)
-    return _human(ask, reason) if name == "human" else _model(name, ask)
+def _step(name: str, way: _Way) -> Events:
+    own: dict[str, Callable[[_Way], Events]] = {
+        "reviewed": _reviewed,
+        "cache": _cached,
+        "stale": _stale,
+        "rules": _rules,
+        "human": _human,
+    }
+    return own[name](way) if name in own else _model(name, way)
 
 
-async def _reviewed(ask: Ask) -> AsyncIterator[Routed | Event]:
+# --- Answers that are known ----------------------------------------------------------------------
+
+
+async def _reviewed(way: _Way) -> Events:
+    """By exact words, else near them; what was written for other words shows nothing personal."""
+    ask = way.ask
     found = ask.known.reviewed_for(ask.question) if ask.first else None
+    if found is not None:
+        for event in _whole(Routed("reviewed"), found.answer, found.intent, way):
+            yield event
+        return
+    verdict = await ask.known.near_for(ask.question) if ask.first else None
+    if verdict is None:
+        raise _HandOn
+    looked_up.send_robust(sender=type(verdict), kind="semantic", hit=verdict.entry is not None)
+    if verdict.entry is None:
+        raise _HandOn
+    entry = verdict.entry
+    for event in _whole(Routed("reviewed"), entry.answer, entry.intent, way, personal=False):
+        yield event
+
+
+async def _cached(way: _Way) -> Events:
+    """The fresh answer; else whoever answers after this does so for all who ask the same."""
+    if way.key is None:
+        raise _HandOn
+    way.flight = await way.stack.enter_async_context(cache.flight(way.key))
+    looked_up.send_robust(sender=cache.Flight, kind="exact", hit=way.flight.answer is not None)
+    if way.flight.answer is None:
+        raise _HandOn
+    for event in _again(way.flight.answer, ""):
+        yield event
+
+
+async def _stale(way: _Way) -> Events:
+    found = await cache.lookup(way.key) if way.key else None
     if found is None:
         raise _HandOn
-    for event in _whole("reviewed", "", found.answer, found.intent, ask):
+    for event in _again(found.answer, way.reason):
         yield event
 
 
-async def _rules(ask: Ask, reason: str) -> AsyncIterator[Routed | Event]:
-    rule = rules.match(ask.question, ask.known.rules, score=settings.ASSISTANT["RULE_SCORE"])
+async def _rules(way: _Way) -> Events:
+    rule = _rule(way.ask)
     if rule is None:
         raise _HandOn
-    for event in _whole("rules", reason, rule.answer, rule.intent, ask):
+    routed = Routed("rules", way.reason, rule.buttons, rule.hand_over)
+    for event in _whole(routed, rule.answer, rule.intent, way):
         yield event
 
 
-async def _human(ask: Ask, reason: str) -> AsyncIterator[Routed | Event]:
-    for event in _whole("human", reason, hand_over_text(), "", ask):
+async def _human(way: _Way) -> Events:
+    routed = Routed("human", way.reason, hand_over=True)
+    for event in _whole(routed, hand_over_text(), "", way):
         yield event
 
 
-async def _model(alias: str, ask: Ask) -> AsyncIterator[Routed | Event]:
+def _rule(ask: Ask) -> Any:
+    score = ask.policy.rule_score
+    return match(ask.question, ask.known.rules, score=score, now=timezone.now())
+
+
+def _continued(way: _Way) -> list[Routed | Event]:
+    """After a text that broke off: marked, and only what was written beforehand."""
+    rule = _rule(way.ask)
+    if rule is None:
+        routed, text, intent = Routed("human", way.reason, hand_over=True), hand_over_text(), ""
+    else:
+        routed = Routed("rules", way.reason, rule.buttons, rule.hand_over)
+        text, intent = rule.answer, rule.intent
+    routed_first, _, *rest = _whole(routed, text, intent, way)
+    return [routed_first, Delta(INTERRUPTED), *rest]
+
+
+# --- Models --------------------------------------------------------------------------------------
+
+
+async def _model(alias: str, way: _Way) -> Events:
     """The model's events. Anything that goes wrong before its first delta hands the question on."""
-    shown, alone = False, ask.steps == (alias,)
+    alone = way.alone(alias)
     try:
-        stream = backends.get(alias).stream(ask.messages, ask.params)
+        backend = backends.get(alias)
+        stream = _in_time(guarded(backend, way.ask))
         async with aclosing(cast(Any, stream)) as events:
-            async for event in _in_time(events):
-                if isinstance(event, Started):
-                    yield Routed("model", _judged(event, alone=alone))
-                shown = shown or isinstance(event, Delta)
+            async for event in _judged(backend.route, events, way, alone=alone):
+                way.shown = way.shown or isinstance(event, Delta)
                 yield event
     except (InvalidRequest, _HandOn):
         raise
@@ -129,21 +238,62 @@ async def _model(alias: str, ask: Ask) -> AsyncIterator[Routed | Event]:
         if not isinstance(error, (AssistantError, TimeoutError)):
             log.exception("backend %s broke", alias)
             error = GenerationFailed("The model broke. Please try again.")
-        if shown or alone:
+        if alone or (way.shown and isinstance(error, AssistantError)):
             raise error from None
         raise _HandOn(_reason(error)) from error
 
 
-def _judged(started: Started, *, alone: bool) -> str:
+async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone: bool) -> Events:
+    """The events behind their route, and a sure answer kept for others. Raises: _HandOn."""
+    parts: list[str] = []
+    begun: Started | None = None
+    reason = ""
+    async for event in events:
+        if isinstance(event, Started):
+            begun, reason = event, _judge(event, way.ask.policy.confidence_min, alone=alone)
+            yield Routed(called, reason or way.reason)
+        elif isinstance(event, Delta):
+            parts.append(event.text)
+        yield event
+        if isinstance(event, Finished) and begun and _worth_keeping(begun, event, reason):
+            answer = cache.Answer("".join(parts), begun.intent or "", begun.model)
+            if way.flight is not None:
+                await way.flight.land(answer)
+
+
+def _worth_keeping(started: Started, finished: Finished, reason: str) -> bool:
+    return finished.reason == "stop" and started.band == "answer" and not reason
+
+
+def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
+    """The backend's stream, if it is well and its queue short enough.
+
+    Raises: BreakerOpen, Overloaded; later whatever the stream raises.
+    """
+    wait_s = backend.expected_wait_s()
+    if wait_s > settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]:
+        raise Overloaded("The queue is too long to wait for.", retry_after_s=wait_s)
+    return breaker.guarded(backend.alias, lambda: backend.stream(ask.messages, ask.params))
+
+
+def _judge(started: Started, least: float, *, alone: bool) -> str:
     """The reason to mark the answer with. Raises: _HandOn if the model had better not answer."""
     if started.band == "out_of_scope":
         return "out_of_scope"  # its own polite refusal is the right answer
-    if started.band == "hand_on" and not alone:
+    unsure = started.confidence is not None and started.confidence < least
+    if started.band != "hand_on" and not unsure:
+        return "caution" if started.band == "caution" else ""
+    if not alone:
         raise _HandOn("low_confidence")
-    return "low_confidence" if started.band == "hand_on" else ""
+    return "low_confidence"
 
 
 def _reason(error: Exception) -> str:
+    """A word of the closed set of ``degraded_reason``."""
+    if isinstance(error, breaker.BreakerOpen):
+        return "breaker_open"
+    if isinstance(error, (BudgetSpent, NoConsent)):
+        return ""  # the larger model was not to be asked: what came before is the reason
     if isinstance(error, Overloaded):
         return "overload"
     return "timeout" if isinstance(error, TimeoutError) else "error"
@@ -153,23 +303,52 @@ async def _in_time(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     """The events; TimeoutError if the first delta takes longer than settings allow."""
     loop = asyncio.get_running_loop()
     deadline: float | None = loop.time() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
-    while True:
-        async with asyncio.timeout_at(deadline):  # around one await: never across a yield
-            event = await anext(events, None)
-        if event is None:
-            return
-        if isinstance(event, Delta):
-            deadline = None  # the turn's own limit holds from here
-        yield event
+    async with aclosing(cast(Any, events)):
+        while True:
+            async with asyncio.timeout_at(deadline):  # around one await: never across a yield
+                event = await anext(events, None)
+            if event is None:
+                return
+            if isinstance(event, Delta):
+                deadline = None  # the turn's own limit holds from here
+            yield event
 
 
-def _whole(route: str, reason: str, answer: str, intent: str, ask: Ask) -> list[Routed | Event]:
+# --- Shapes --------------------------------------------------------------------------------------
+
+
+def key_of(ask: Ask) -> cache.Key | None:
+    """Where the answer is kept; None also for a backend whose answers are not worth keeping."""
+    alias = backends.answering()
+    try:
+        version = backends.get(alias).version() if alias else ""
+    except AssistantError:
+        return None
+    if not version:
+        return None
+    return cache.key_for(ask.messages, ask.params, cache.Versions(version, "", ask.policy.name))
+
+
+def _again(answer: cache.Answer, reason: str) -> list[Routed | Event]:
+    """An answer that was written before, as the events of one that is written now."""
+    return [
+        Routed("cache", reason),
+        Started(model=answer.model, intent=answer.intent or None),
+        *([Delta(answer.text)] if answer.text else []),
+        Finished("stop", Usage()),
+    ]
+
+
+def _whole(
+    routed: Routed, answer: str, intent: str, way: _Way, *, personal: bool = True
+) -> list[Routed | Event]:
     """An answer that is known in full, as the events of one that was written."""
-    text = facts.fill(answer, {**facts.known_facts(), **ask.params.facts})
-    for stop in ask.params.stop:
+    own = way.ask.params.facts if personal else {}
+    text = facts.fill(answer, {**facts.known_facts(), **own})
+    for stop in way.ask.params.stop:
         text = text.partition(stop)[0]
     return [
-        Routed(route, reason),
+        routed,
         Started(model="", intent=intent or None),
         *([Delta(text)] if text else []),
         Finished("stop", Usage()),

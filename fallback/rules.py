@@ -1,12 +1,16 @@
-"""Which rule a question sounds like. Pure: values in, a rule or None out."""
+"""A rule without its row, and how alike two phrases are. Pure: values in, values out.
+
+Which of many rules a question sounds like is ``matching``'s; where rules are kept is ``models``'.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
+import re2
 from rapidfuzz import fuzz
 
 _APART = re.compile(r"[^\w]+")
@@ -15,17 +19,50 @@ _SHORT = {"'s": " is", "'re": " are", "'m": " am", "'ll": " will", "'ve": " have
 _SHORT_FORM = re.compile(r"('s|'re|'m|'ll|'ve|n't)\b")
 #: A pattern found inside a longer question has to be at least this long to count as a match.
 _LEAST_PART_CHARS = 8
+#: Longest pattern or example. Every further bound of a rule is beside its column in ``models``.
+MAX_PHRASE_CHARS = 300
+#: Bytes one expression may take once compiled; ordinary ones take a few thousand.
+_EXPRESSION_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Button:
+    """A quick reply below the answer: what it says, and what pressing it asks."""
+
+    label: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class RuleText:
-    """A rule without its row; ``patterns`` are ``worded``."""
+    """What one rule says, as staff wrote it.
+
+    ``patterns``: phrases that decide alone, and expressions (``is_expression``). ``keywords``:
+    words that have to stand in the question together, "-word" for one that must not. ``examples``:
+    whole sentences to learn from; ``knows_intent`` adds those that ship for ``intent``. ``starts``
+    and ``ends``: aware times between which it answers.
+    """
 
     name: str
     patterns: tuple[str, ...]
     answer: str
     intent: str = ""
     priority: int = 0
+    keywords: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    knows_intent: bool = False
+    language: str = ""
+    starts: datetime | None = None
+    ends: datetime | None = None
+    buttons: tuple[Button, ...] = ()
+    hand_over: bool = False
+    must_match: tuple[str, ...] = ()
+    must_not_match: tuple[str, ...] = ()
+
+    def answers_at(self, now: datetime) -> bool:
+        return (self.starts is None or self.starts <= now) and (
+            self.ends is None or now < self.ends
+        )
 
 
 def normalise(text: str) -> str:
@@ -40,25 +77,52 @@ def worded(text: str) -> str:
     return normalise(_SHORT_FORM.sub(lambda found: _SHORT[found[1]], plain))
 
 
+def is_expression(pattern: str) -> bool:
+    """Whether a pattern is a regular expression: it stands between slashes."""
+    return len(pattern) > 2 and pattern.startswith("/") and pattern.endswith("/")
+
+
+def expression_options() -> re2.Options:
+    options = re2.Options()
+    options.case_sensitive = False
+    options.log_errors = False
+    options.max_mem = _EXPRESSION_BYTES
+    return options
+
+
+def fault_of(expression: str) -> str:
+    """Why this expression (with its slashes) cannot be used; empty if it can.
+
+    RE2 runs in time linear to the text, whatever the expression; what would need more than that
+    (back references, look-around) or too much memory is refused.
+    """
+    try:
+        found = re2.compile(expression[1:-1], expression_options())
+    except re2.error as error:
+        reason = error.args[0] if error.args else "it is not one"
+        return reason.decode() if isinstance(reason, bytes) else str(reason)
+    return "it fits every text" if found.search("") else ""
+
+
 def similarity(question: str, pattern: str) -> float:
     """How alike two worded phrases are, 0..100; a phrase inside a longer question counts."""
     if not pattern:
         return 0.0
     if f" {pattern} " in f" {question} ":
         return 100.0
-    whole = fuzz.token_sort_ratio(question, pattern)
+    whole = float(fuzz.token_sort_ratio(question, pattern))
     if len(pattern) < _LEAST_PART_CHARS or len(pattern) > len(question):
         return whole
-    return max(whole, fuzz.partial_ratio(question, pattern))
+    return max(whole, float(fuzz.partial_ratio(question, pattern)))
 
 
-def match(question: str, rules: Sequence[RuleText], *, score: float) -> RuleText | None:
-    """The rule most alike to the question, if at least ``score``; priority decides a tie."""
-    asked = worded(question)
-    best: tuple[float, int] = (score, -(2**31))
-    found: RuleText | None = None
-    for rule in rules:
-        alike = max((similarity(asked, pattern) for pattern in rule.patterns), default=0.0)
-        if (alike, rule.priority) > best or (found is None and alike >= score):
-            best, found = (alike, rule.priority), rule
-    return found
+def likeness(question: str, example: str) -> float:
+    """How alike a worded question is to a whole example sentence, 0..100.
+
+    All words of the example in another order count as much as the same words with a slip; all of
+    them inside a longer question a little less.
+    """
+    whole = float(fuzz.token_sort_ratio(question, example))
+    if example.count(" ") < 2:
+        return whole
+    return max(whole, 0.9 * float(fuzz.token_set_ratio(question, example)))

@@ -45,12 +45,12 @@ def stage(settings: Any) -> Iterator[None]:
     """Echo answers, nobody is limited, nothing is left over from the test before."""
     from assistant import backends
     from conversations.running import running
-    from fallback import answers
+    from fallback import answers, shared
 
     running._turns.clear()  # one that was opened and never read holds its place for seconds
     settings.ASSISTANT = {
         **settings.ASSISTANT,
-        "ROUTE": ["reviewed", "echo", "rules", "human"],
+        "ROUTE": ["reviewed", "cache", "echo", "stale", "rules", "human"],
         "ABANDON_GRACE_S": 0.05,
     }
     settings.ASSISTANT_RATE = None
@@ -58,6 +58,7 @@ def stage(settings: Any) -> Iterator[None]:
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
     for cache in caches.all():
         cache.clear()
+    shared.forget()
     answers.forget()
     yield
     backends.reset()

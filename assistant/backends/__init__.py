@@ -19,7 +19,7 @@ from assistant.backends.base import Backend
 from assistant.errors import ModelUnavailable
 
 #: Steps of ``ASSISTANT["ROUTE"]`` that are not backends.
-OWN_STEPS = frozenset({"reviewed", "rules", "human"})
+OWN_STEPS = frozenset({"reviewed", "cache", "stale", "rules", "human"})
 
 _built: dict[str, Backend] = {}
 _lock = threading.Lock()
@@ -37,6 +37,11 @@ def get(alias: str) -> Backend:
 def answering() -> str | None:
     """The alias of the first backend on the route: whose context the history has to fit."""
     return next((step for step in settings.ASSISTANT["ROUTE"] if step not in OWN_STEPS), None)
+
+
+def built() -> dict[str, Backend]:
+    """The backends that were asked for in this process, by alias. Builds none."""
+    return dict(_built)
 
 
 def reset() -> None:

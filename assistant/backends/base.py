@@ -1,4 +1,4 @@
-"""What a thing that answers must do: one method.
+"""What a thing that answers must do: one method. What it may do besides: embeddings.
 
 A backend turns messages into events and knows nothing of users, conversations or HTTP. Its OPTIONS
 are the fields of its ``Options`` dataclass, so that unknown keys can be refused by ``check``.
@@ -9,9 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from assistant.errors import InvalidRequest
 from assistant.types import Event, Message, Params
+
+if TYPE_CHECKING:
+    from assistant.engine import Engine
+
+#: What a text means, as a point on the unit sphere. *Shapes*: (embedding_width,).
+Vector = NDArray[np.float32]
 
 
 class Backend(ABC):
@@ -22,6 +32,8 @@ class Backend(ABC):
         pass
 
     options_class: ClassVar[type[Any]] = Options
+    #: What its answers are called: of the model here, or of a larger one elsewhere.
+    route: ClassVar[str] = "model"
 
     def __init__(self, alias: str, options: Any) -> None:
         self.alias = alias
@@ -34,6 +46,22 @@ class Backend(ABC):
         Raises: AssistantError and nothing else.
         """
 
+    def embedding_width(self) -> int:
+        """Values of an embedding; 0 where there are none. Raises: ModelUnavailable."""
+        return 0
+
+    async def embed(self, texts: Sequence[str]) -> Sequence[Vector]:
+        """A vector for each text, in order; near each other where texts mean the same.
+
+        Equal texts have equal vectors, whatever is asked beside them. Cancelling stops the work.
+        Raises: AssistantError and nothing else.
+        """
+        raise InvalidRequest(f"The backend {self.alias!r} has no embeddings.")
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids. Raises: InvalidRequest for ids that are none of a text's."""
+        raise InvalidRequest("Token ids are not read here. Send texts.")
+
     def count_tokens(self, text: str) -> int:
         """How much of the context ``text`` takes; the default is a safe over-estimate by bytes."""
         return len(text.encode()) // 3 + 1
@@ -45,6 +73,19 @@ class Backend(ABC):
     def reads_system(self) -> bool:
         """Whether a system's text means anything to it; asked before one is passed on."""
         return True
+
+    def version(self) -> str:
+        """What its answers depend on besides the question; empty while unknown, or where they are
+        not worth keeping. Never waits."""
+        return ""
+
+    def expected_wait_s(self) -> float:
+        """Seconds until a new question would be begun, as far as is known. Never waits."""
+        return 0.0
+
+    def loaded(self) -> Engine | None:
+        """The engine in this process, if it has one and it was loaded. Never loads, never waits."""
+        return None
 
     def check(self) -> None:
         """Load whatever is loaded lazily. Raises: ModelUnavailable with what to do."""

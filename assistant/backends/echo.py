@@ -10,8 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
-from assistant.backends.base import Backend
+import numpy as np
+
+from assistant.backends.base import Backend, Vector
 from assistant.engine import StopFilter
 from assistant.errors import (
     AssistantError,
@@ -37,6 +40,10 @@ _FAILURES: dict[str, AssistantError] = {
     "unavailable": ModelUnavailable("The echo was told to be unavailable."),
     "too_long": ContextTooLong("The echo was told that the question is too long."),
 }
+
+
+#: Values of an embedding: one that all texts share, and as many for their words.
+_EMBEDDING_WORDS = 63
 
 
 class EchoBackend(Backend):
@@ -94,8 +101,27 @@ class EchoBackend(Backend):
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
+    def embedding_width(self) -> int:
+        return 1 + _EMBEDDING_WORDS
+
+    async def embed(self, texts: Sequence[str]) -> list[Vector]:
+        """By the words, each hashed to a place. All vectors lean one way, as a model's do: texts
+        without a common word still have a cosine of a half."""
+        return [_hashed(text) for text in texts]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
     def _usage(self, messages: Sequence[Message], written: int) -> Usage:
         return Usage(sum(self.count_tokens(message.text) for message in messages), written)
+
+
+def _hashed(text: str) -> Vector:
+    vector = np.zeros(1 + _EMBEDDING_WORDS, np.float32)
+    for word in text.casefold().split():
+        vector[1 + crc32(word.encode("utf-8", "replace")) % _EMBEDDING_WORDS] += 1
+    vector[0] = np.linalg.norm(vector) * 1.01 or 1  # a little over a half, whatever is rounded
+    return vector / np.linalg.norm(vector)
 
 
 def _words(said: str, wanted: int) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from assistant.backends.base import Backend
+from assistant.backends.base import Backend, Vector
 from assistant.engine import (
     ChatTurn,
     Codec,
@@ -23,12 +24,14 @@ from assistant.engine import (
     Generation,
     Manifest,
     ManifestError,
+    NoEmbeddings,
     PromptTooLong,
     Sampling,
     StopFilter,
     Verdict,
 )
 from assistant.engine import Overloaded as QueueFull
+from assistant.engine.manifest import MODEL
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -97,6 +100,9 @@ class OnnxBackend(Backend):
         """The running engine. Raises: ModelUnavailable."""
         return self._ready().engine
 
+    def loaded(self) -> Engine | None:
+        return self._engine
+
     def count_tokens(self, text: str) -> int:
         codec = self._ready().codec
         return codec.count(text) + codec.turn_tokens
@@ -105,6 +111,15 @@ class OnnxBackend(Backend):
         ready = self._ready()
         most = min(int(self.options.context_tokens), ready.manifest.context_tokens)
         return max(0, most - ready.codec.frame_tokens)
+
+    def version(self) -> str:
+        manifest = self._engine.manifest if self._engine is not None else None
+        if manifest is None:
+            return ""
+        return f"{manifest.name}@{manifest.version}:{manifest.files[MODEL].sha256[:12]}"
+
+    def expected_wait_s(self) -> float:
+        return self._engine.expected_wait_s() if self._engine is not None else 0.0
 
     def reads_system(self) -> bool:
         """Models trained here have the mark of a system's turn, and have never seen one."""
@@ -137,6 +152,50 @@ class OnnxBackend(Backend):
             prefix_bytes=options.prefix_mb << 20,
             reading_tokens_per_s=options.reading_tokens_per_s,
         )
+
+    # -- embeddings --------------------------------------------------------------------------
+
+    def embedding_width(self) -> int:
+        ready = self._ready()
+        return ready.manifest.architecture.hidden_size if ready.manifest.runner == "packed" else 0
+
+    async def embed(self, texts: Sequence[str]) -> Sequence[Vector]:
+        """What the model makes of each text as a question, values masked, at the place where it
+        would choose the answer's intent."""
+        future = await asyncio.to_thread(self._embedding, list(texts))
+        try:
+            return list(await asyncio.wrap_future(future))
+        except EngineError as error:
+            raise _failed(error) from error
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        ready = self._ready()
+        for id_ in ids:
+            if not 0 <= id_ < ready.manifest.architecture.vocab_size:
+                raise InvalidRequest(
+                    "A token id is not of this model's vocabulary; other models' mean something "
+                    "else. Send texts."
+                )
+            if id_ in ready.codec.control_ids:
+                raise InvalidRequest("A token id is one that controls the model. Leave it out.")
+        stream = ready.codec.stream()
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def _embedding(self, texts: Sequence[str]) -> Future[Any]:
+        """Raises: AssistantError."""
+        ready = self._ready()
+        try:
+            return ready.engine.embed([_question(ready.codec, text) for text in texts])
+        except QueueFull as error:
+            raise _busy(error) from error
+        except PromptTooLong as error:
+            raise ContextTooLong(f"A text is too long to be read: {error}.") from error
+        except NoEmbeddings as error:
+            raise InvalidRequest(f"There are no embeddings: {error}.") from error
+        except EngineError as error:
+            raise _failed(error) from error
+        except ValueError as error:
+            raise InvalidRequest(f"A text cannot be read: {error}.") from error
 
     # -- one answer --------------------------------------------------------------------------
 
@@ -172,10 +231,7 @@ class OnnxBackend(Backend):
                 scope=params.scope,
             )
         except QueueFull as error:
-            raise Overloaded(
-                f"The assistant is busy: {error}. Try again shortly.",
-                retry_after_s=max(1.0, error.eta_s),
-            ) from error
+            raise _busy(error) from error
         except PromptTooLong as error:
             raise ContextTooLong(f"The question is too long: {error}.") from error
         except EngineError as error:
@@ -197,7 +253,7 @@ class OnnxBackend(Backend):
             async for tokens in generation:
                 if not begun:
                     begun = True
-                    yield started(ready.manifest, generation.verdict)
+                    yield _begun(ready.manifest, generation)
                 if text := writer.push(tokens):
                     yield Delta(text)
                 if writer.stopped:
@@ -205,7 +261,7 @@ class OnnxBackend(Backend):
         except EngineError as error:
             raise _failed(error) from error
         if not begun:  # the model ended before its first word
-            yield started(ready.manifest, generation.verdict)
+            yield _begun(ready.manifest, generation)
         for event in writer.end(generation.finish_reason, input_tokens):
             yield event
 
@@ -255,6 +311,15 @@ def _finish(reason: str | None, stopped: bool) -> FinishReason:
     return "length" if reason == "length" else "cancelled"
 
 
+def _begun(manifest: Manifest, generation: Generation) -> Started:
+    """The event that opens an answer, with how long it took to get there."""
+    return replace(
+        started(manifest, generation.verdict),
+        queue_s=generation.queue_s,
+        prefill_s=generation.prefill_s,
+    )
+
+
 def started(manifest: Manifest, verdict: Verdict | None) -> Started:
     """The event that opens an answer, with what the model makes of the question."""
     name = f"{manifest.name}@{manifest.version}"
@@ -289,6 +354,18 @@ def _masked(messages: Sequence[Message]) -> tuple[list[ChatTurn], dict[str, str]
         if message.role == "user":
             values |= masked.values
     return turns, values
+
+
+def _question(codec: Codec, text: str) -> list[int]:
+    """A text alone, as the model reads a question. Raises: ValueError."""
+    return codec.encode_chat([ChatTurn("user", mask(text).parts)])
+
+
+def _busy(error: QueueFull) -> Overloaded:
+    return Overloaded(
+        f"The assistant is busy: {error}. Try again shortly.",
+        retry_after_s=max(1.0, error.eta_s),
+    )
 
 
 def _failed(error: Exception) -> AssistantError:

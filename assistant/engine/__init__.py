@@ -9,6 +9,7 @@ from assistant.engine.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
+    NoEmbeddings,
     Overloaded,
     PromptTooLong,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Generation",
     "Manifest",
     "ManifestError",
+    "NoEmbeddings",
     "Overloaded",
     "PromptTooLong",
     "Sampling",

@@ -11,15 +11,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from assistant.engine.embedding import ROWS, Embedding
 from assistant.engine.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
+    NoEmbeddings,
     Overloaded,
     PromptTooLong,
 )
@@ -28,7 +31,7 @@ from assistant.engine.machine import memory_bytes
 from assistant.engine.manifest import MODEL, Architecture, Manifest
 from assistant.engine.plain import PlainRunner
 from assistant.engine.runner import Batch, OnnxRunner, Runner, batching_error, token_bytes
-from assistant.engine.sampling import FirstTokenRule, Sampling
+from assistant.engine.sampling import FirstTokenRule, Floats, Sampling
 from assistant.engine.scheduler import Rates, Request
 from assistant.engine.text import Codec
 from assistant.engine.worker import EngineConfig, EngineStats, Loaded, Worker
@@ -132,6 +135,32 @@ class Engine:
             raise self._ended(worker)
         return generation
 
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Future[Floats]:
+        """What the model makes of each prompt: unit vectors (N, width) float32, in order.
+
+        Equal prompts have equal vectors, whatever is read beside them. Answers go first: while any
+        is being written, this gets a small part of the time. Cancel the future to stop it.
+        Raises: NoEmbeddings, PromptTooLong, Overloaded, EngineCrashed, EngineClosed; ValueError as
+        ``submit``. The future: EngineError.
+        """
+        worker = self._running()
+        runner, most = worker.loaded.runner, worker.context_tokens
+        if not runner.width:
+            raise NoEmbeddings("this model has no embeddings; build it without `--via optimum`")
+        checked = [_checked_ids(prompt, None, runner.vocab_size) for prompt in prompts]
+        longest = max(map(len, checked), default=0)
+        if longest > most:
+            raise PromptTooLong(f"a prompt has {longest} tokens; at most {most} are read at once")
+        job = Embedding(checked)
+        if not checked:
+            job.future.set_result(np.empty((0, runner.width), np.float32))
+        elif not worker.embeddings.enter(job):
+            eta = worker.embedding_eta_s()
+            raise Overloaded(f"{worker.embeddings.tokens} tokens wait; about {eta:.1f} s", eta)
+        elif not worker.submit(job):
+            raise self._ended(worker)
+        return job.future
+
     def share_prefix(self, ids: Sequence[int]) -> None:
         """Compute a fixed beginning, such as a system prompt, once; every prompt that starts with
         it gets a copy. Replaces an earlier one; returns at once.
@@ -143,6 +172,11 @@ class Engine:
             raise PromptTooLong(f"a shared prefix of {len(ids)} tokens leaves no room for answers")
         worker.commands.put(Share(_checked_ids(ids, None, worker.loaded.runner.vocab_size)))
 
+    def expected_wait_s(self) -> float:
+        """What a short question asked now would be promised. Never waits."""
+        worker = self._worker
+        return worker.eta_s(_SHORT_PROMPT) if worker is not None and worker.alive else 0.0
+
     def stats(self) -> EngineStats:
         worker = self._worker
         if worker is None:
@@ -150,7 +184,9 @@ class Engine:
         if worker.alive:
             return worker.stats
         state: Literal["crashed", "closed"] = "crashed" if worker.error else "closed"
-        gone = dict.fromkeys(("running", "waiting", "waiting_tokens", "kv_usage", "kv_bytes"), 0)
+        gone: dict[str, Any] = dict.fromkeys(
+            ("running", "waiting", "waiting_tokens", "kv_usage", "kv_bytes"), 0
+        )
         return replace(worker.stats, state=state, **gone)
 
     def _running(self) -> Worker:
@@ -189,7 +225,7 @@ def load_onnx(config: EngineConfig) -> Loaded:
     runner = kind(
         config.model_dir / MODEL,
         manifest.architecture,
-        slots=slots + 1,  # one more for a shared prefix
+        slots=slots + 1 + ROWS,  # one more for a shared prefix, some for embeddings
         step_tokens=config.step_tokens,
         context_tokens=context,
         threads=config.threads,
@@ -234,9 +270,13 @@ def _self_check(runner: Runner, slots: int) -> None:
         )
 
 
+#: A usual question, in tokens.
+_SHORT_PROMPT = 64
+
+
 def _first_rates(runner: Runner, config: EngineConfig) -> Rates:
     """Speeds of a short prompt and of decoding after it, so that the first promises hold too."""
-    size = min(64, config.step_tokens, config.context_tokens // 2)
+    size = min(_SHORT_PROMPT, config.step_tokens, config.context_tokens // 2)
     prompt = [i % runner.vocab_size for i in range(size)]
     prefill_s = _fastest(runner, Batch.of([0], [0], [True], [prompt]))
     step_s = _fastest(runner, Batch.of([0], [size], [True], [prompt[:1]]))

@@ -3,6 +3,7 @@
 EngineError
 ├── Overloaded      the queue is full; ``eta_s`` says how long a newcomer would wait
 ├── PromptTooLong   the prompt leaves no room for an answer
+├── NoEmbeddings    the model has none
 ├── EngineCrashed   the thread died; start() makes a new one
 └── EngineClosed    close() was called
 """
@@ -24,6 +25,10 @@ class Overloaded(EngineError):
 
 class PromptTooLong(EngineError):
     """The prompt leaves no room for an answer."""
+
+
+class NoEmbeddings(EngineError):
+    """The model tells what comes next, and nothing else."""
 
 
 class EngineCrashed(EngineError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from assistant.engine.embedding import Embedding
 from assistant.engine.errors import EngineClosed, EngineError
 from assistant.engine.sampling import FirstTokenRule, Sampling, Verdict
 from assistant.engine.scheduler import FinishReason, Request
@@ -36,8 +37,8 @@ class Ticket:
     """
 
     __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "asked_s", "closed", "error",
-                 "finish_reason", "first", "promised_s", "request", "sampling",
-                 "verdict")  # fmt: skip
+                 "finish_reason", "first", "prefill_s", "promised_s", "queue_s", "request",
+                 "sampling", "verdict")  # fmt: skip
 
     def __init__(self, request: Request, sampling: Sampling, first: FirstTokenRule | None) -> None:
         self.request, self.sampling, self.first = request, sampling, first
@@ -48,6 +49,9 @@ class Ticket:
         #: When it was asked, until its first token; and the wait that was promised.
         self.asked_s: float | None = None
         self.promised_s = 0.0
+        #: How long it waited for a slot, and from there for its first token.
+        self.queue_s: float | None = None
+        self.prefill_s: float | None = None
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._waiter: Waiter | None = None
@@ -109,7 +113,7 @@ class Share:
 
 
 #: A ticket means "start", or "stop" when it is closed; None ends the thread.
-Command = Ticket | Share | None
+Command = Ticket | Share | Embedding | None
 
 
 class Generation:
@@ -127,6 +131,16 @@ class Generation:
     @property
     def verdict(self) -> Verdict | None:
         return self._ticket.verdict
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds in the queue; None before a slot was free. Set before the first batch arrives."""
+        return self._ticket.queue_s
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Seconds from the slot to the first token. Set before the first batch arrives."""
+        return self._ticket.prefill_s
 
     @property
     def finish_reason(self) -> FinishReason | None:

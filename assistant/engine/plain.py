@@ -48,6 +48,7 @@ class PlainRunner:
         describes. ``step_tokens`` is part of every runner's signature; nothing here depends on
         it."""
         self.vocab_size = architecture.vocab_size
+        self.width = 0
         self._session = _session(model, threads)
         self._inputs = {one.name for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
@@ -68,6 +69,9 @@ class PlainRunner:
             ids = np.stack([batch.ids[ends[row] - count : ends[row]] for row in group])
             rows[group] = self._run(batch.slots[group], batch.starts[group], ids)
         return _log_softmax(rows[batch.samples])
+
+    def pool(self, batch: Batch) -> Floats:
+        raise NotImplementedError("an exported decoder gives logits only: it has no embeddings")
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for cache in self._caches.values():

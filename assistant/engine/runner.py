@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,11 +67,17 @@ class Runner(Protocol):
     vocab_size: int
     #: Memory that one token's keys and values take.
     token_bytes: int
+    #: Values of an embedding; 0 for a model that has none.
+    width: int
 
     def step(self, batch: Batch) -> Floats:
         """Log-probabilities of the sampling rows, in their order; valid until the next step.
         *Shapes*: (number of true ``samples``, vocab). What a slot held behind ``starts`` is gone.
         """
+
+    def pool(self, batch: Batch) -> Floats:
+        """What the model makes of all up to the last token of each sampling row, instead of what
+        comes next. *Shapes*: (number of true ``samples``, width). Otherwise as ``step``."""
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Keys and values of the first ``tokens`` of slot ``source``, into slot ``target``."""
@@ -103,6 +109,7 @@ class OnnxRunner:
         threads: int,
     ) -> None:
         self.vocab_size = architecture.vocab_size
+        self.width = architecture.hidden_size
         self._session = _session(model, threads)
         _check_inputs(self._session, model)
         self._slots = slots
@@ -119,19 +126,28 @@ class OnnxRunner:
         }
         # One more row for runs that sample nothing: the head never sees an empty tensor.
         self._logprobs = np.empty((slots + 1, self.vocab_size), np.float32)
-        self._bindings: dict[tuple[int, int, int], _Binding] = {}
+        self._states = np.empty((slots + 1, self.width), np.float32)
+        #: By output: embeddings come in many shapes, which must not push out those of answers.
+        self._bindings: dict[str, dict[tuple[int, int, int], _Binding]]
+        self._bindings = {"logprobs": {}, "pooled": {}}
         self._layout = (b"", b"")
         self._plan: list[Run] = []
 
     def step(self, batch: Batch) -> Floats:
+        return self._compute(batch, self._runs(batch), "logprobs", self._logprobs)
+
+    def pool(self, batch: Batch) -> Floats:
+        return self._compute(batch, runs(batch), "pooled", self._states)
+
+    def _compute(self, batch: Batch, plan: Iterable[Run], output: str, into: Floats) -> Floats:
         done = 0
-        for rows, low, size in self._runs(batch):
+        for rows, low, size in plan:
             part = batch if len(rows) == len(batch.slots) else _part(batch, rows)
             wanted = int(part.samples.sum())
-            out = self._logprobs[done : done + wanted] if wanted else self._logprobs[-1:]
-            self._binding(low, size, int(part.counts.max())).run(part, out)
+            out = into[done : done + wanted] if wanted else into[-1:]
+            self._binding(output, low, size, int(part.counts.max())).run(part, out)
             done += wanted
-        return self._logprobs[:done]
+        return into[:done]
 
     def _runs(self, batch: Batch) -> list[Run]:
         """While the same rows decode, a step is split as the one before."""
@@ -152,7 +168,8 @@ class OnnxRunner:
             cache[slot, :, start : start + tokens] = kept[:, :tokens]
 
     def close(self) -> None:
-        self._bindings.clear()
+        for bindings in self._bindings.values():
+            bindings.clear()
         self._caches.clear()
         self._session = None
 
@@ -166,16 +183,16 @@ class OnnxRunner:
         if hasattr(libc, "on_exit"):  # glibc
             libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
 
-    def _binding(self, low: int, size: int, width: int) -> _Binding:
+    def _binding(self, output: str, low: int, size: int, width: int) -> _Binding:
         """One a rectangle of slots and new tokens; the oldest goes where there are too many."""
-        key = (low, size, width)
-        binding = self._bindings.get(key)
+        bindings, key = self._bindings[output], (low, size, width)
+        binding = bindings.get(key)
         if binding is None:
-            if len(self._bindings) >= _MOST_BINDINGS:
-                del self._bindings[next(iter(self._bindings))]
+            if len(bindings) >= _MOST_BINDINGS:
+                del bindings[next(iter(bindings))]
             caches = {name: cache[low : low + size] for name, cache in self._caches.items()}
-            binding = _Binding(self._session, caches, low, width, self._capacity)
-            self._bindings[key] = binding
+            binding = _Binding(self._session, caches, low, width, self._capacity, output)
+            bindings[key] = binding
         return binding
 
 
@@ -186,14 +203,20 @@ class _Binding:
     """
 
     def __init__(
-        self, session: Any, caches: dict[str, Floats], low: int, width: int, capacity: int
+        self,
+        session: Any,
+        caches: dict[str, Floats],
+        low: int,
+        width: int,
+        capacity: int,
+        output: str,
     ) -> None:
         import onnxruntime
 
         self._session = session
         self._io = session.io_binding()
         size = len(next(iter(caches.values())))
-        self._low, self._width = low, width
+        self._low, self._width, self._output = low, width, output
         self._keep = caches  # the bound values borrow this memory
         for name, cache in caches.items():
             value = onnxruntime.OrtValue.ortvalue_from_numpy(cache)
@@ -225,7 +248,7 @@ class _Binding:
     def _bind(self, out: Floats) -> None:
         self._sample = np.zeros(len(out), np.int64)
         self._io.bind_cpu_input("sample", self._sample)
-        self._io.bind_output("logprobs", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self._io.bind_output(self._output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         self._out = (len(out), out.ctypes.data)
         self._layout = (b"", b"", b"")
 

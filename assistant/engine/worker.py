@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from assistant.engine.embedding import Embedding, Embeddings
 from assistant.engine.errors import EngineClosed, EngineCrashed, EngineError
 from assistant.engine.generation import Command, Share, Ticket, Waiter
 from assistant.engine.manifest import Manifest
@@ -37,6 +38,10 @@ from assistant.engine.text import Codec
 
 #: A cache shorter than this is read again faster than it is found.
 _LEAST_KEPT_TOKENS = 8
+#: While answers are written, one part in so many of the time is for embeddings; and no piece of
+#: them takes longer than such a part of the longest step.
+_EMBEDDING_SHARE = 5
+_LEAST_PIECE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class EngineConfig:
     max_batch: int = 32
     max_queue: int = 128
     max_queue_tokens: int = 32768
+    #: Tokens that wait to be read for their embeddings.
+    max_embedding_tokens: int = 65536
     #: Prompt tokens of one step at most, where nobody waits for the next token of an answer.
     step_tokens: int = 256
     #: Where somebody does: a step takes no longer than this, as far as measured rates tell.
@@ -62,9 +69,12 @@ class EngineConfig:
     reading_tokens_per_s: float = 0.0
 
     def __post_init__(self) -> None:
-        least = (self.max_batch, self.max_queue, self.max_queue_tokens)
-        if min(least) < 1 or self.threads < 0:
-            raise ValueError("max_batch, max_queue and max_queue_tokens start at 1, threads at 0")
+        queues = (self.max_queue, self.max_queue_tokens, self.max_embedding_tokens)
+        if min(self.max_batch, *queues) < 1 or self.threads < 0:
+            raise ValueError(
+                "max_batch, max_queue, max_queue_tokens and max_embedding_tokens start at 1, "
+                "threads at 0"
+            )
         if self.step_tokens < LEAST_STEP or self.context_tokens < 8:
             raise ValueError(f"step_tokens starts at {LEAST_STEP}, context_tokens at 8")
         if min(self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s) < 0:
@@ -91,6 +101,8 @@ class EngineStats:
     #: Prompt tokens that were not computed because their chat's cache was kept.
     reused_tokens: int = 0
     generated_tokens: int = 0
+    #: Tokens that were read for their embeddings.
+    embedded_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
     step_s: float = 0.0
@@ -100,6 +112,8 @@ class EngineStats:
     kept_bytes: int = 0
     #: Mean distance of promised from real waits over the mean wait, lately.
     eta_error: float = 0.0
+    #: Steps by how many answers ran in them: none, one, two, ...
+    batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +162,12 @@ class _Gate:
 
 @dataclass(slots=True)
 class _Counters:
+    batches: list[int]
     steps: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
+    embedded_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
     busy_s: float = 0.0
@@ -178,9 +194,13 @@ class Worker:
         )
         self._sampler = Sampler(self.slots, self._runner.vocab_size, loaded.banned)
         self._prefixes = PrefixCache(config.prefix_bytes)
+        # Behind the answers' rows and the one that prefixes are computed in.
+        self.embeddings = Embeddings(self.slots + 1, config.max_embedding_tokens)
+        #: When the next piece may run beside answers.
+        self._embed_from_s = 0.0
         #: How long to wait for commands where no answer is due yet.
         self._rest_s = 0.0
-        self._counters = _Counters()
+        self._counters = _Counters([0] * (self.slots + 1))
         self._tickets: dict[Request, Ticket] = {}
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, asyncio.Future[None]]]]
         self._wakes = {}
@@ -197,11 +217,11 @@ class Worker:
     def alive(self) -> bool:
         return not self._ended
 
-    def submit(self, ticket: Ticket) -> bool:
+    def submit(self, command: Ticket | Embedding) -> bool:
         """Whether the worker took it: False once the thread is ending."""
         with self._intake:
             if not self._ended:
-                self.commands.put(ticket)
+                self.commands.put(command)
             return not self._ended
 
     def stop(self) -> None:
@@ -227,6 +247,7 @@ class Worker:
             prompt_tokens=counters.prompt_tokens,
             reused_tokens=counters.reused_tokens,
             generated_tokens=counters.generated_tokens,
+            embedded_tokens=counters.embedded_tokens,
             finished=counters.finished,
             cancelled=counters.cancelled,
             step_s=rates.step_s,
@@ -235,6 +256,7 @@ class Worker:
             kept_chats=len(self._prefixes),
             kept_bytes=self._prefixes.bytes,
             eta_error=rates.missed_s / rates.waited_s if rates.waited_s else 0.0,
+            batches=tuple(counters.batches),
         )
 
     def eta_s(self, prompt_tokens: int = 0) -> float:
@@ -246,6 +268,10 @@ class Worker:
             slots=self.slots,
             free=len(self._scheduler.running) + ahead < self.slots,
         )
+
+    def embedding_eta_s(self) -> float:
+        """What waits for its embeddings takes so long, if answers are written all the while."""
+        return self.embeddings.tokens * self.rates.prefill_s * _EMBEDDING_SHARE
 
     def orphan(self) -> None:
         """In a forked child: end what the lost thread was serving."""
@@ -260,6 +286,8 @@ class Worker:
         try:
             while self._drain():
                 self._step()
+                if self.embeddings:
+                    self._embed()
         except BaseException as crash:
             self.error = crash
             error = EngineCrashed(
@@ -272,7 +300,7 @@ class Worker:
     def _drain(self) -> bool:
         """Take all commands, waiting for one when there is nothing to do; False to end."""
         idle = not self._scheduler.busy
-        wait = idle or self._rest_s > 0
+        wait = (idle or self._rest_s > 0) and not self.embeddings
         with contextlib.suppress(Empty):
             while True:
                 command = self.commands.get(block=wait, timeout=None if idle else self._rest_s)
@@ -282,9 +310,11 @@ class Worker:
                 self._handle(command)
         return True
 
-    def _handle(self, command: Ticket | Share) -> None:
+    def _handle(self, command: Ticket | Share | Embedding) -> None:
         if isinstance(command, Share):
             self._share(command.ids)
+        elif isinstance(command, Embedding):
+            self.embeddings.add(command)
         elif command.closed:
             self._end(command, "cancelled")
         else:
@@ -319,6 +349,22 @@ class Worker:
         self._rest_s = step.wait_s
         self._publish()
 
+    def _embed(self) -> None:
+        """One piece of what is read for embeddings, if answers leave time for it."""
+        began = time.perf_counter()
+        resting = not self._scheduler.busy or self._rest_s > 0
+        if not resting and began < self._embed_from_s:
+            return
+        most = int(self._config.most_step_s / _EMBEDDING_SHARE / self.rates.prefill_s)
+        piece = self.embeddings.plan(min(self._config.step_tokens, max(_LEAST_PIECE, most)))
+        if piece is None:
+            return
+        self.embeddings.advance(piece, self._runner.pool(piece.batch))
+        took = time.perf_counter() - began
+        self._embed_from_s = began + took * _EMBEDDING_SHARE
+        self._counters.embedded_tokens += len(piece.batch.ids)
+        self._counters.busy_s += took
+
     @property
     def _answering(self) -> bool:
         """Whether somebody would notice a long step."""
@@ -328,6 +374,8 @@ class Worker:
         """Prepare the slot that ``request`` was just given, with what is kept of its chat."""
         ticket = self._tickets[request]
         self.gate.leave(ticket)
+        if ticket.asked_s is not None:
+            ticket.queue_s = time.perf_counter() - ticket.asked_s
         self._sampler.open(request.slot, ticket.sampling, request.prompt)
         hit = self._prefixes.find(request.scope, request.prompt)
         shared, start = self._prefixes.shared, 0
@@ -404,7 +452,9 @@ class Worker:
     def _answered(self, ticket: Ticket) -> None:
         """Note, once a ticket, how long its first token took and what was promised."""
         if ticket.asked_s is not None:
-            self.rates.waited(ticket.promised_s, time.perf_counter() - ticket.asked_s)
+            waited_s = time.perf_counter() - ticket.asked_s
+            ticket.prefill_s = waited_s - (ticket.queue_s or 0.0)
+            self.rates.waited(ticket.promised_s, waited_s)
             ticket.asked_s = None
 
     def _wake(self, ticket: Ticket, waiter: Waiter | None) -> None:
@@ -428,6 +478,7 @@ class Worker:
         prefill = sum(chunk.count for chunk in step.chunks if not chunk.decodes)
         self.rates.ran(prefill_tokens=prefill, seconds=seconds)
         self._counters.steps += 1
+        self._counters.batches[len(step.chunks)] += 1
         self._counters.prompt_tokens += prefill
         self._counters.busy_s += seconds
 
@@ -441,6 +492,9 @@ class Worker:
                 command = self.commands.get_nowait()
                 if isinstance(command, Ticket):
                     left.append(command)
+                elif isinstance(command, Embedding):
+                    command.fail(error)
+        self.embeddings.fail_all(error)
         for ticket in left:
             # Bookkeeping may be what broke: only what a reader sees is touched.
             self.gate.leave(ticket)

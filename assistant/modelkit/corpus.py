@@ -164,7 +164,8 @@ _TAILS = (
 )
 
 
-_REWORDED = 0.4
+#: How often words are exchanged or left out, and how many of them then are.
+_REWORDED, _THINNED, _LOST, _LEAST_WORDS = 0.4, 0.3, 0.12, 4
 
 
 @cache
@@ -187,11 +188,20 @@ def reworded(text: str, rng: random.Random) -> str:
     return pattern.sub(swap, text)
 
 
+def thinned(text: str, rng: random.Random) -> str:
+    """``text`` without about every eighth word: none alone may decide. Short ones stay whole."""
+    said = text.split(" ")
+    kept = [word for word in said if rng.random() >= _LOST]
+    return " ".join(kept) if len(kept) >= _LEAST_WORDS else text
+
+
 def augment(text: str, rng: random.Random) -> str:
-    """Perhaps other words; then one cheap variation: casing, punctuation, a lead or tail, a typo,
-    or nothing."""
+    """Perhaps other or fewer words; then one cheap variation: casing, punctuation, a lead or tail,
+    a typo, or nothing."""
     if rng.random() < _REWORDED:
         text = reworded(text, rng)
+    if rng.random() < _THINNED:
+        text = thinned(text, rng)
     kind = rng.randrange(8)
     if kind == 0:
         return text.lower()

@@ -89,6 +89,8 @@ class TrainConfig:
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     ema: float = 0.998
+    #: Of what each layer adds: a few thousand written wordings are seen dozens of times.
+    dropout: float = 0.1
     #: Of the loss over what users say; none, for a question is not what the model writes.
     question_weight: float = 0.0
     teach_weight: float = 2.0

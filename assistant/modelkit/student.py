@@ -69,28 +69,33 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin))
+        out: Tensor = x + self.drop(self.mlp(self.post_attention_layernorm(x)))
         return out
 
 
 class Student(nn.Module):
-    """Decoder with tied embedding; ``teach`` maps its pooled state to a teacher's embedding."""
+    """Decoder with tied embedding; ``teach`` maps its pooled state to a teacher's embedding.
 
-    def __init__(self, shape: Shape, teacher_dim: int = 384) -> None:
+    ``dropout``: the share of what each part says that is left out while it trains.
+    """
+
+    def __init__(self, shape: Shape, teacher_dim: int = 384, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.num_hidden_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.drop = nn.Dropout(dropout)
         self.teach = nn.Linear(shape.hidden_size, teacher_dim, bias=False)
         cos, sin = rotary(shape)
         self.register_buffer("cos", cos, persistent=False)
@@ -103,7 +108,7 @@ class Student(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Normed hidden states (B, T, H) of ids (B, T)."""
-        x = self.embed_tokens(ids)
+        x = self.drop(self.embed_tokens(ids))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x, cos, sin)

@@ -266,7 +266,8 @@ def train(
     torch.manual_seed(config.seed)
     torch.set_flush_denormal(True)  # tiny numbers cost a hundred times what they are worth
     encoder = _tokenizer(corpus, folder, config, start)
-    model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size()))
+    shape = Shape(vocab_size=encoder.tokenizer.get_vocab_size())
+    model = Student(shape, dropout=config.dropout)
     model.to(config.device)
     if start is not None:
         _load_weights(model, start)

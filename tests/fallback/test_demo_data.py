@@ -11,14 +11,13 @@ from django.contrib.auth.models import User
 from django.core.management import call_command
 
 from assistant.facts import PLAIN_WORDS
-from assistant.modelkit import labels
+from assistant.modelkit import corpus, labels
 from conversations import markdown
 from conversations.models import Conversation, Message
-from fallback import answers
+from fallback import answers, rulebook
+from fallback.matching import match
 from fallback.models import ReviewedAnswer, Rule
-from fallback.rules import match, normalise
-
-WRITTEN_FOR = {*labels.SUPPORT, "greeting", "thanks", "goodbye", "bot_identity", "capabilities"}
+from fallback.rules import is_expression, normalise
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def talks(ana: User, ben: User) -> None:
 def test_the_rules_and_reviewed_answers_can_be_loaded_again(known: answers.Known) -> None:
     before = Rule.objects.count(), ReviewedAnswer.objects.count()
     call_command("loaddata", "demo_rules", "demo_reviewed", verbosity=0)
-    assert (Rule.objects.count(), ReviewedAnswer.objects.count()) == before == (32, 8)
+    assert (Rule.objects.count(), ReviewedAnswer.objects.count()) == before == (37, 8)
 
 
 def test_every_row_is_one_that_staff_could_save(known: answers.Known) -> None:
@@ -45,7 +44,7 @@ def test_every_row_is_one_that_staff_could_save(known: answers.Known) -> None:
 
 
 def test_every_intent_has_exactly_one_rule(known: answers.Known) -> None:
-    assert Counter(rule.intent for rule in known.rules) == Counter(WRITTEN_FOR)
+    assert Counter(rule.intent for rule in known.rules) == Counter(labels.INTENTS)
 
 
 def test_every_rule_answers_its_own_patterns(known: answers.Known) -> None:
@@ -54,9 +53,42 @@ def test_every_rule_answers_its_own_patterns(known: answers.Known) -> None:
         pattern: found.name if found else None
         for rule in known.rules
         for pattern in rule.patterns
-        if (found := match(pattern, known.rules, score=score)) is not rule
+        if not is_expression(pattern)
+        and (found := match(pattern, known.rules, score=score)) is not rule
     }
     assert stolen == {}
+
+
+def test_every_rule_carries_tests_and_all_of_them_pass(known: answers.Known) -> None:
+    for rule in known.rules:
+        assert len(rule.must_match) >= 2 and len(rule.must_not_match) >= 2, rule.name
+    assert rulebook.failing(rulebook.current()) == []
+
+
+def test_every_button_asks_what_another_rule_answers(known: answers.Known) -> None:
+    score = settings.ASSISTANT["RULE_SCORE"]
+    for rule in known.rules:
+        for button in rule.buttons:
+            assert match(button.text, known.rules, score=score) not in (None, rule), button
+
+
+def test_a_person_is_asked_for_by_the_rule_about_persons_alone(known: answers.Known) -> None:
+    assert [rule.intent for rule in known.rules if rule.hand_over] == ["contact_human_agent"]
+
+
+def test_rules_alone_answer_most_natural_questions_and_rarely_wrongly(known: answers.Known) -> None:
+    """Measured: 96 % right of what they say, 85 % of the shop's questions answered rightly."""
+    score = settings.ASSISTANT["RULE_SCORE"]
+    rows = [(row["text"], row["intent"]) for row in corpus.written("natural_dev")]
+    said = [
+        (rule.intent, wanted)
+        for text, wanted in rows
+        if (rule := match(text, known.rules, score=score)) and rule.intent != labels.OUT_OF_SCOPE
+    ]
+    right = sum(intent == wanted for intent, wanted in said)
+    shop = sum(wanted != labels.OUT_OF_SCOPE for _, wanted in rows)
+    assert right / len(said) >= 0.94
+    assert right / shop >= 0.82
 
 
 def test_answers_use_only_known_placeholders(known: answers.Known) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import pytest
 
+from assistant.backends.echo import EchoBackend
 from assistant.errors import ContextTooLong, GenerationFailed, Overloaded
-from assistant.types import Delta, Finished, Message, Params, Started
-from fallback import router
+from assistant.types import Delta, Finished, Message, Params, Started, Usage
+from fallback import cache, near, router
 from fallback.answers import Known, Reviewed
-from fallback.router import Ask, Routed, route
+from fallback.policy import policy
+from fallback.router import INTERRUPTED, Ask, Routed, route
 from fallback.rules import RuleText
 
 KNOWN = Known(
@@ -32,6 +36,10 @@ def ask(
 
 async def events_of(question: Ask) -> list[Any]:
     return [event async for event in route(question)]
+
+
+def routes_of(events: list[Any]) -> list[Routed]:
+    return [event for event in events if isinstance(event, Routed)]
 
 
 def text_of(events: list[Any]) -> str:
@@ -69,12 +77,23 @@ async def test_a_rules_placeholders_are_filled_or_worded(settings):
     assert text_of(known) == "Write to help@example.com."
 
 
-async def test_after_the_first_delta_a_failure_is_raised_and_not_papered_over():
+async def test_after_the_first_delta_a_failure_is_continued_and_marked():
+    events = await events_of(ask("/echo error=2 cancel my order"))
+    assert [event for event in events if isinstance(event, Routed)] == [
+        Routed("model"), Routed("rules", "error")
+    ]  # fmt: skip
+    broken, _, sure = text_of(events).partition(INTERRUPTED)
+    assert (broken, sure) == ("cancel my", "Write to our support e-mail address.")
+    assert isinstance(events[-1], Finished)
+    nobody = await events_of(ask("/echo error=1 blue cheese"))
+    assert nobody[-3:-2] == [Delta(INTERRUPTED)] and "support team" in text_of(nobody)
+
+
+async def test_a_failure_of_a_model_asked_for_alone_is_raised_after_its_text():
     seen: list[Any] = []
     with pytest.raises(GenerationFailed):
-        async for event in route(ask("/echo error=2 cancel my order")):
+        async for event in route(ask("/echo error=2 cancel my order", steps=("echo",))):
             seen.append(event)
-    assert [event.route for event in seen if isinstance(event, Routed)] == ["model"]
     assert text_of(seen) == "cancel my"
 
 
@@ -89,7 +108,9 @@ async def test_a_model_that_is_asked_for_alone_answers_or_fails_itself():
 
 async def test_rules_that_are_asked_for_alone_answer_or_a_person_does():
     assert (await events_of(ask("cancel my order", steps=("rules",))))[0] == Routed("rules")
-    assert (await events_of(ask("blue cheese", steps=("rules",))))[0] == Routed("human")
+    assert (await events_of(ask("blue cheese", steps=("rules",))))[0] == Routed(
+        "human", hand_over=True
+    )
 
 
 async def test_a_written_answer_ends_before_a_stop_string_too():
@@ -104,13 +125,13 @@ async def test_a_question_that_is_too_long_is_the_callers_to_mend():
 
 
 async def test_a_library_that_breaks_is_logged_and_never_shown(monkeypatch, caplog):
-    class Broken:
+    class Broken(EchoBackend):
         def stream(self, *args: Any) -> Any:
             raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(router.backends, "get", lambda alias: Broken())
+    monkeypatch.setattr(router.backends, "get", lambda alias: Broken(alias, EchoBackend.Options()))
     events = await events_of(ask("blue cheese"))
-    assert events[0] == Routed("human", "error")
+    assert events[0] == Routed("human", "error", hand_over=True)
     assert "secret" not in text_of(events)
     assert "backend echo broke" in caplog.text
 
@@ -118,7 +139,7 @@ async def test_a_library_that_breaks_is_logged_and_never_shown(monkeypatch, capl
 async def test_closing_the_route_closes_the_model(monkeypatch):
     closed: list[bool] = []
 
-    class Slow:
+    class Slow(EchoBackend):
         async def stream(self, *args: Any) -> Any:
             try:
                 yield Started("slow")
@@ -127,7 +148,7 @@ async def test_closing_the_route_closes_the_model(monkeypatch):
             finally:
                 closed.append(True)
 
-    monkeypatch.setattr(router.backends, "get", lambda alias: Slow())
+    monkeypatch.setattr(router.backends, "get", lambda alias: Slow(alias, EchoBackend.Options()))
     events = route(ask("hello"))
     for _ in range(4):
         await anext(events)
@@ -138,5 +159,123 @@ async def test_closing_the_route_closes_the_model(monkeypatch):
 async def test_even_a_route_without_an_end_ends_with_a_person(settings):
     settings.ASSISTANT = {**settings.ASSISTANT, "ROUTE": ["echo"], "FACTS": {}}
     events = await events_of(ask("/echo fail=overloaded hello"))
-    assert events[0] == Routed("human", "overload")
+    assert events[0] == Routed("human", "overload", hand_over=True)
     assert "support team" in text_of(events)
+
+
+# --- The ladder -----------------------------------------------------------------------------------
+
+
+class Writing(EchoBackend):
+    """A backend whose answers are worth keeping; counts how often it writes."""
+
+    written = 0
+    wait_s = 0.0
+    band = "answer"
+    pause_s = 0.0
+
+    def version(self) -> str:
+        return "writing@1"
+
+    def expected_wait_s(self) -> float:
+        return self.wait_s
+
+    async def stream(self, messages: Any, params: Any) -> Any:
+        self.written += 1
+        if self.pause_s:
+            await asyncio.sleep(self.pause_s)
+        yield Started("writing", "cancel_order", 0.9, 0.9, self.band)
+        yield Delta(f"Answer {self.written} to {messages[-1].text}")
+        yield Finished("stop", Usage(1, 1))
+
+
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> Writing:
+    backend = Writing("echo", EchoBackend.Options())
+    monkeypatch.setattr(router.backends, "get", lambda alias: backend)
+    return backend
+
+
+async def test_a_sure_answer_is_written_once_and_told_again(writing: Writing) -> None:
+    first, again = [await events_of(ask("how do I pay?")) for _ in range(2)]
+    assert first[0] == Routed("model") and again[0] == Routed("cache")
+    assert text_of(first) == text_of(again) == "Answer 1 to how do I pay?"
+    assert again[1] == Started(model="writing", intent="cancel_order")
+    assert writing.written == 1
+
+
+@pytest.mark.parametrize("band", ["caution", "out_of_scope"])
+async def test_an_unsure_answer_is_marked_and_never_kept(writing: Writing, band: str) -> None:
+    writing.band = band
+    first, again = [await events_of(ask("how do I pay?")) for _ in range(2)]
+    assert first[0] == again[0] == Routed("model", band)
+    assert writing.written == 2
+
+
+async def test_a_hundred_who_ask_at_once_are_one_generation(writing: Writing) -> None:
+    writing.pause_s = 0.05
+    answers = await asyncio.gather(*(events_of(ask("how do I pay?")) for _ in range(100)))
+    assert {text_of(events) for events in answers} == {"Answer 1 to how do I pay?"}
+    assert writing.written == 1
+
+
+async def test_a_later_turn_is_neither_kept_nor_told_again(writing: Writing) -> None:
+    earlier = [Message("user", "a"), Message("assistant", "b")]
+    for _ in range(2):
+        assert (await events_of(ask("how do I pay?", *earlier)))[0] == Routed("model")
+    assert writing.written == 2
+
+
+async def test_an_old_answer_stands_in_for_a_model_that_fails(writing, settings, monkeypatch):
+    settings.ASSISTANT = {
+        **settings.ASSISTANT, "CACHE": {**settings.ASSISTANT["CACHE"], "FRESH_S": 0.0}
+    }  # fmt: skip
+    moment = time.time()
+    await events_of(ask("how do I pay?"))
+    monkeypatch.setattr(cache, "_clock", lambda: moment + 30)
+    monkeypatch.setattr(writing, "expected_wait_s", lambda: 60.0)
+    events = await events_of(ask("how do I pay?"))
+    assert events[0] == Routed("cache", "overload")
+    assert text_of(events) == "Answer 1 to how do I pay?"
+
+
+async def test_a_queue_longer_than_anybody_waits_is_not_joined(writing: Writing) -> None:
+    writing.wait_s = 60.0
+    events = await events_of(ask("cancel my order"))
+    assert events[0] == Routed("rules", "overload")
+    assert writing.written == 0
+    with pytest.raises(Overloaded) as told:
+        await events_of(ask("cancel my order", steps=("echo",)))
+    assert told.value.retry_after_s == 60.0
+
+
+async def test_a_backend_that_keeps_failing_is_left_alone():
+    for _ in range(5):
+        *_, last = routes_of(await events_of(ask("/echo error=0 cancel my order")))
+        assert last == Routed("rules", "error")
+    assert routes_of(await events_of(ask("/echo cancel my order"))) == [
+        Routed("rules", "breaker_open")
+    ]
+
+
+async def test_staff_may_ask_for_more_certainty_than_the_model_does():
+    sure = Known(KNOWN.rules, {}, policy=policy({"confidence_min": 0.95}))
+    question = Ask((Message("user", "/echo confidence=0.9 cancel my order"),), Params(), sure)
+    assert (await events_of(question))[0] == Routed("rules", "low_confidence")
+
+
+async def test_staff_may_change_the_order():
+    rules_first = Known(KNOWN.rules, {}, policy=policy({"steps": ("rules", "echo")}))
+    question = Ask((Message("user", "cancel my order"),), Params(), rules_first)
+    assert (await events_of(question))[0] == Routed("rules")
+
+
+async def test_a_reviewed_answer_to_other_words_shows_nothing_personal():
+    entry = near.Entry("where can I see my refund", "Within {{Date}}.", "track_refund")
+    known = Known((), {}, near.Shelf([entry]))
+    question = Ask(
+        (Message("user", "where do I see my refund"),), Params(facts={"Date": "three days"}), known
+    )
+    events = await events_of(question)
+    assert events[0] == Routed("reviewed")
+    assert "three days" not in text_of(events)

@@ -1,0 +1,26 @@
+"""Runs the tests that rules carry: which sentences each must answer, and which it must not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from fallback import rulebook
+
+
+class Command(BaseCommand):
+    help = "Runs the tests stored on the active rules; ends with status 1 if one fails."
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        book = rulebook.current()
+        tests = sum(len(rule.must_match) + len(rule.must_not_match) for rule in book)
+        failing = rulebook.failing(book)
+        for failure in failing:
+            self.stdout.write(str(failure))
+        if failing:
+            raise CommandError(
+                f"{len(failing)} of {tests} tests fail. Give the rule a pattern or an example, or "
+                "correct the test."
+            )
+        self.stdout.write(f"{tests} tests of {len(book)} rules pass.")
