@@ -17,4 +17,6 @@ app.autodiscover_tasks()
 app.conf.beat_schedule = {
     # An answer whose process died is marked within a minute, even if nobody opens it.
     "reap-stale-turns": {"task": "conversations.tasks.reap_stale_turns", "schedule": 30.0},
+    # Staff are called for a hand-over even if the broker was away when it was opened.
+    "announce-hand-overs": {"task": "conversations.tasks.announce_hand_overs", "schedule": 60.0},
 }

@@ -244,8 +244,8 @@ INSTALLED_APPS = [
     "assistant",
 ]
 MIDDLEWARE = [
-    "monitoring.views.http_metrics_middleware",
     "conversations.access.request_id_middleware",
+    "monitoring.views.http_metrics_middleware",
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -638,6 +638,52 @@ ASSISTANT: dict[str, Any] = {
     ],
 }
 
+# --- Asking for a person ------------------------------------------------------------------------
+
+ASSISTANT_HAND_OVER = env_flag(
+    "ASSISTANT_HAND_OVER", True, "Staff see in the admin who asked for a person, and answer there."
+)
+ASSISTANT_HAND_OVER_WEBHOOK = env_text(
+    "ASSISTANT_HAND_OVER_WEBHOOK", "", "Address that gets a signed POST for each hand-over."
+)
+ASSISTANT_HAND_OVER_WEBHOOK_SECRET = env_secret(
+    "ASSISTANT_HAND_OVER_WEBHOOK_SECRET", "Signs that POST; at least 16 characters."
+)
+if ASSISTANT_HAND_OVER_WEBHOOK:
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", ASSISTANT_HAND_OVER_WEBHOOK):
+        raise _bad(
+            "ASSISTANT_HAND_OVER_WEBHOOK",
+            ASSISTANT_HAND_OVER_WEBHOOK,
+            "an address such as https://desk.example.com/hook",
+        )
+    if len(ASSISTANT_HAND_OVER_WEBHOOK_SECRET) < 16:
+        raise ImproperlyConfigured(
+            "ASSISTANT_HAND_OVER_WEBHOOK is set, so ASSISTANT_HAND_OVER_WEBHOOK_SECRET must have "
+            "at least 16 characters. Make one with: python -c 'import secrets; "
+            "print(secrets.token_urlsafe(24))'"
+        )
+ASSISTANT_HAND_OVER_EMAIL = env_list(
+    "ASSISTANT_HAND_OVER_EMAIL", "", "Addresses that get a mail for each hand-over."
+)
+for _address in ASSISTANT_HAND_OVER_EMAIL:
+    if not re.fullmatch(r"[^\s@]+@[^\s@]+", _address):
+        raise _bad("ASSISTANT_HAND_OVER_EMAIL", _address, "an address such as desk@example.com")
+# What users write stays in the house unless somebody decides otherwise.
+ASSISTANT_HAND_OVER_TEXT = env_flag(
+    "ASSISTANT_HAND_OVER_TEXT",
+    False,
+    "Webhook and mail tell the question, without personal values.",
+)
+_EMAIL_URL = env_secret(
+    "EMAIL_URL", "Mail server, such as smtp+tls://user:password@host:587. Unset: localhost."
+)
+if _EMAIL_URL:
+    globals().update(environ.Env.email_url_config(_EMAIL_URL))
+DEFAULT_FROM_EMAIL = env_text(
+    "DEFAULT_FROM_EMAIL", "assistant@localhost", "Sender of the product's mails."
+)
+EMAIL_TIMEOUT = 10
+
 # --- Background work -----------------------------------------------------------------------------
 
 CELERY_BROKER_URL = env_secret(
@@ -691,6 +737,16 @@ ASSISTANT_DRAIN_SECONDS = env_seconds(
 # --- What is written down ------------------------------------------------------------------------
 
 LOG_LEVEL = env_text("ASSISTANT_LOG_LEVEL", "INFO", "Least level that is logged.").upper()
+ASSISTANT_LOG_FORMAT = env_text(
+    "ASSISTANT_LOG_FORMAT", "plain", "plain for people, or json: one object a line for machines."
+)
+if ASSISTANT_LOG_FORMAT not in {"plain", "json"}:
+    raise _bad("ASSISTANT_LOG_FORMAT", ASSISTANT_LOG_FORMAT, "plain or json")
+ASSISTANT_LOG_CONTENT = env_flag(
+    "ASSISTANT_LOG_CONTENT",
+    False,
+    "Log what was asked and answered too, personal values masked.",
+)
 
 
 def callers_mistake(record: logging.LogRecord) -> bool:
@@ -701,18 +757,44 @@ def callers_mistake(record: logging.LogRecord) -> bool:
     return True
 
 
+def redis_away(record: logging.LogRecord) -> bool:
+    """While Redis is away, the layer of channels says so every second, each time with its stack."""
+    if record.name.startswith("channels_redis"):
+        record.exc_info = record.exc_text = None
+    return True
+
+
 LOGGING = {
     "version": 1,
-    "filters": {"mistakes": {"()": "django.utils.log.CallbackFilter", "callback": callers_mistake}},
+    "filters": {
+        "mistakes": {"()": "django.utils.log.CallbackFilter", "callback": callers_mistake},
+        "away": {"()": "django.utils.log.CallbackFilter", "callback": redis_away},
+    },
     "disable_existing_loggers": False,
-    "formatters": {"plain": {"format": "{asctime} {levelname} {name} {message}", "style": "{"}},
+    "formatters": {
+        "plain": {"format": "{asctime} {levelname} {name} {message}", "style": "{"},
+        "json": {"()": "monitoring.logs.json_formatter"},
+    },
     "handlers": {
         "stderr": {
             "class": "logging.StreamHandler",
-            "formatter": "plain",
-            "filters": ["mistakes"],
+            "formatter": ASSISTANT_LOG_FORMAT,
+            "filters": ["mistakes", "away"],
         }
     },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
 }
+if ASSISTANT_LOG_FORMAT == "json":
+    # uvicorn has handlers of its own, for people; its line of each request is one of ours instead.
+    LOGGING["loggers"] = {
+        "uvicorn": {"handlers": [], "propagate": True},
+        "uvicorn.access": {"handlers": [], "propagate": True, "level": "WARNING"},
+        "monitoring": {"level": "INFO"},
+        "httpx2": {"level": "WARNING"},  # else each address asked, and some hold keys
+    }
+else:
+    LOGGING["loggers"] = {
+        "monitoring.logs": {"level": "CRITICAL"},  # figures are for machines
+        "httpx2": {"level": "WARNING"},
+    }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # serving never downloads

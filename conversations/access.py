@@ -10,6 +10,7 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import iscoroutinefunction
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponseBase
 from django.utils.decorators import sync_and_async_middleware
 from knox.auth import TokenAuthentication as KnoxAuthentication
+from knox.crypto import hash_token
 from rest_framework import exceptions
 from rest_framework.authentication import SessionAuthentication
 from rest_framework.negotiation import DefaultContentNegotiation
@@ -99,6 +101,7 @@ class GuardedLogin(AuthenticationForm):
         try:
             take_login(_address(meta.get("REMOTE_ADDR", ""), headers))
         except RateLimited as error:
+            self.wait_s = round(error.retry_after_s or 1)
             raise ValidationError(error.message, "rate_limited") from None
         return super().clean()
 
@@ -126,20 +129,63 @@ def caller_of_page(request: HttpRequest) -> Caller | None:
     return Caller(None, visitor, address)
 
 
-def caller_of_socket(scope: Mapping[str, Any]) -> Caller | None:
-    """The caller of a socket as of now: a login that has ended since is nobody. Sync."""
-    headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-    address = _address((scope.get("client") or [""])[0], headers)
-    if "authorization" in headers:
-        return _caller_by_token(headers["authorization"], address)
-    session = import_module(settings.SESSION_ENGINE).SessionStore(
-        scope.get("cookies", {}).get(settings.SESSION_COOKIE_NAME)
-    )
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What a socket showed to come in; no part of it is ever logged."""
+
+    #: As in the header: ``Bearer ...``.
+    authorization: str = field(default="", repr=False)
+    session_key: str = field(default="", repr=False)
+
+    @property
+    def token_digest(self) -> str:
+        """Under which a token is stored; nothing for a login or what cannot be a token."""
+        key = self.authorization.partition(" ")[2].strip()
+        return str(hash_token(key)) if key.isascii() and key else ""
+
+
+def credential_of_socket(scope: Mapping[str, Any]) -> Credential | None:
+    """What came with the handshake; None: it is still to be said, in the first frame."""
+    header = _headers_of(scope).get("authorization")
+    if header is not None:
+        return Credential(authorization=header)
+    session_key = scope.get("cookies", {}).get(settings.SESSION_COOKIE_NAME)
+    return Credential(session_key=str(session_key)) if session_key else None
+
+
+def caller_of_socket(scope: Mapping[str, Any], said: Credential | None = None) -> Caller | None:
+    """The caller of a socket as of now: a login that has ended since is nobody. Sync.
+
+    ``said``: what came in a frame, if the handshake brought nothing.
+    """
+    shown = said or credential_of_socket(scope)
+    if shown is None:
+        return None
+    address = address_of_socket(scope)
+    if shown.authorization:
+        return _caller_by_token(shown.authorization, address)
+    session = import_module(settings.SESSION_ENGINE).SessionStore(shown.session_key)
     user = get_user(cast(HttpRequest, SimpleNamespace(session=session)))
     if user.is_authenticated:
         return Caller(user.pk, address=address)
     visitor = session.get(VISITOR) if settings.ASSISTANT_ANONYMOUS else None
     return Caller(None, str(visitor), address) if visitor else None
+
+
+def address_of_socket(scope: Mapping[str, Any]) -> str:
+    """The network a socket comes from, whoever it belongs to."""
+    return _address((scope.get("client") or [""])[0], _headers_of(scope))
+
+
+def _headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
+    """Headers by name; one that was sent several times is a list, as over HTTP.
+
+    A name with an underscore is not the one with a hyphen: the latter is what our proxy sets.
+    """
+    found: dict[str, list[str]] = {}
+    for key, value in scope["headers"]:
+        found.setdefault(key.decode("latin-1"), []).append(value.decode("latin-1"))
+    return {key: ",".join(values) for key, values in found.items()}
 
 
 def _caller_by_token(header: str, address: str) -> Caller | None:

@@ -134,3 +134,6 @@ class FeedbackAdmin(CheapList):
         held = feedback.message.conversation
         path = reverse("admin:conversations_conversation_change", args=[held.pk])
         return format_html('<a href="{}">{}</a>', path, held)
+
+
+from conversations import handover_admin  # noqa: E402, F401  it needs the lists above

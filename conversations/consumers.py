@@ -10,20 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import Counter
 from contextlib import suppress
 from typing import Any
 
 from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from channels.generic.websocket import AsyncWebsocketConsumer  # type: ignore[import-untyped]
-from django.conf import settings
 
-from assistant.errors import AssistantError, NotFound
+from assistant.errors import AssistantError, InvalidRequest, NotFound
 from conversations import wire
-from conversations.access import caller_of_socket
-from conversations.limits import Caller
+from conversations.access import (
+    Credential,
+    address_of_socket,
+    caller_of_socket,
+    credential_of_socket,
+)
+from conversations.idempotency import Once, run_once
+from conversations.limits import Caller, Seat, TooMany
 from conversations.log import Reader
-from conversations.models import Conversation, Message
+from conversations.logins import Watch, watched
+from conversations.models import Conversation, Message, note_siblings
+from conversations.news import ears
+from conversations.resume import ELSEWHERE_S, Stored, reader_of
 from conversations.running import running, stop
 from conversations.turn import Turn
 from conversations.wire import Frame
@@ -40,10 +47,8 @@ OUTBOX_BYTES = 262_144
 SEND_TIMEOUT_S = 10.0
 #: How long leaving waits for an unfinished answer to be stored: a stopping server waits for us.
 SETTLE_S = 3.0
-#: How often the row is looked at while another process writes the answer.
-ELSEWHERE_S = 1.0
-
-_sockets: Counter[str] = Counter()
+#: A socket that came without a login has so long to say a token.
+AUTH_WITHIN_S = 5.0
 
 
 class SignedOut(Exception):
@@ -58,9 +63,12 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     async def connect(self) -> None:
         self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
-        self._caller: Caller | None = None
+        self._shown: Credential | None = credential_of_socket(self.scope)
+        self._caller_key, self._user_id = "", None
+        self._watch: Watch | None = None
+        self._seat: Seat | None = None
         self._turn: Turn | None = None
-        self._reader: Reader | None = None
+        self._reader: Reader | Stored | None = None
         self._follower: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[str | None] = asyncio.Queue(INBOX_FRAMES)
         self._outbox: asyncio.Queue[str] = asyncio.Queue()
@@ -69,6 +77,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         self._frames, self._window_ends = 0, 0.0
         self._ended = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._telling: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Task[None] | None = None
         await self.accept()
         self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._write())]
@@ -101,6 +110,9 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         if code is not None:
             await self._end(code)
             return
+        self._look_after()
+        if not self._ended:  # the client may have left meanwhile
+            ears().add(self._conversation_id, self._hear)
         while True:
             data = await self._inbox.get()
             ref: str | None = None
@@ -122,7 +134,14 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def _enter(self) -> int | None:
         """Take the caller in; or the code to close with."""
         try:
+            self._seat = Seat(address_of_socket(self.scope))
+            if self._shown is None:
+                self._shown = await self._say_who()
             caller, found = await _in_thread(self._arrive)
+        except SignedOut:
+            return wire.CLOSE_UNAUTHENTICATED
+        except TooMany:
+            return wire.CLOSE_LIMITED
         except Exception as error:
             log.error("a socket could not be opened: %s", type(error).__name__)
             return 1011
@@ -130,16 +149,52 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             return wire.CLOSE_UNAUTHENTICATED
         if not found:
             return wire.CLOSE_NOT_FOUND
-        if _sockets[caller.key] >= settings.ASSISTANT_MAX_SOCKETS_PER_CALLER:
+        try:
+            if not self._ended:  # the client may have left meanwhile
+                self._seat.belongs_to(caller)
+        except TooMany:
             return wire.CLOSE_LIMITED
-        if not self._ended:  # the client may have left meanwhile
-            self._caller = caller
-            _sockets[caller.key] += 1
+        self._caller_key, self._user_id = caller.key, caller.user_id
         return None
 
+    async def _say_who(self) -> Credential:
+        """The token of the first frame. Raises: SignedOut for anything else, or nothing.
+
+        Nothing is read from the address: what stands there lands in logs.
+        """
+        if self.scope.get("query_string"):
+            raise SignedOut
+        try:
+            async with asyncio.timeout(AUTH_WITHIN_S):
+                frame = wire.parse_frame(await self._inbox.get())
+        except (TimeoutError, wire.BadFrame):
+            raise SignedOut from None
+        if frame.type != "auth" or not frame.token or not frame.token.isascii():
+            raise SignedOut
+        return Credential(authorization=f"Bearer {frame.token}")
+
     def _arrive(self) -> tuple[Caller | None, bool]:
-        caller = caller_of_socket(self.scope)
+        caller = self._who()
         return caller, caller is not None and self._visible(caller) is not None
+
+    def _who(self) -> Caller | None:
+        return None if self._shown is None else caller_of_socket(self.scope, self._shown)
+
+    def _still(self) -> bool:
+        """Whether the one who came in is still who they were. Sync."""
+        caller = self._who()
+        return caller is not None and caller.key == self._caller_key
+
+    def _look_after(self) -> None:
+        """From now on the login is looked at, also while the socket says nothing."""
+        if self._ended or self._shown is None:
+            return
+        watch = Watch(self._shown, self._user_id, self._still, self._sign_out)
+        self._watch = watched().add(watch)
+
+    def _sign_out(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(wire.CLOSE_UNAUTHENTICATED))
 
     def _visible(self, caller: Caller) -> Conversation | None:
         mine = Conversation.objects.visible_to(caller)
@@ -149,70 +204,115 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         match frame.type:
             case "ping":
                 self._say({"type": "pong"})
+            case "auth":
+                raise InvalidRequest("This socket is signed in. Open another one for another user.")
             case "message.cancel":
-                await self._stop()
+                await self._stop(await _in_thread(self._named, frame))
             case "message.resume":
-                await self._resume(frame)
+                await self._resume(frame, await _in_thread(self._named, frame))
             case _:
-                turn = await self._opened(frame)
-                self._follow(turn, 0, frame.ref)
+                self._begin(frame, await self._opened(frame))
 
-    async def _opened(self, frame: Frame) -> Turn:
-        """The turn; if the client leaves while it is being opened, it ends at once."""
-        opening = asyncio.ensure_future(_in_thread(self._open, frame))
-        try:
-            turn: Turn = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close_unread)
-            raise
-        return turn
-
-    def _open(self, frame: Frame) -> Turn:
-        """A new turn for a caller who is still who they were. Sync."""
-        caller = caller_of_socket(self.scope)
-        if caller is None:
+    def _here(self) -> tuple[Caller, Conversation]:
+        """Caller and conversation as of now. Sync. Raises: SignedOut, NotFound."""
+        caller = self._who()
+        if caller is None or caller.key != self._caller_key:
             raise SignedOut
         conversation = self._visible(caller)
         if conversation is None:
             raise NotFound("This conversation does not exist any more.")
+        return caller, conversation
+
+    def _named(self, frame: Frame) -> Message | None:
+        """The answer a frame names, if it does. Sync. Raises: SignedOut, NotFound."""
+        _, conversation = self._here()
         if frame.id is None:
-            return Turn.open(caller, conversation, frame.text, transport="ws")
-        if not conversation.messages.filter(pk=frame.id).exists():
+            return None
+        rows = conversation.messages.select_related("conversation", "parent", *Message.BESIDE)
+        message = rows.filter(pk=frame.id, role=Message.Role.ASSISTANT).first()
+        if message is None:
             raise NotFound("There is no such answer in this conversation.")
+        return message
+
+    # -- asking
+
+    async def _opened(self, frame: Frame) -> Turn | Message:
+        """The turn; if the client leaves while it is being opened, it ends at once."""
+        opening = asyncio.ensure_future(_in_thread(self._open, frame))
+        try:
+            begun: Turn | Message = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unread)
+            raise
+        return begun
+
+    def _open(self, frame: Frame) -> Turn | Message:
+        """A new turn for a caller who is still who they were; or what it began before. Sync."""
+        caller, conversation = self._here()
+        once = Once.of(frame.idempotency_key, frame.type, frame.id, frame.text)
+        return run_once(
+            conversation.pk, once, lambda: self._new_turn(frame, caller, conversation, once)
+        )
+
+    def _new_turn(
+        self, frame: Frame, caller: Caller, conversation: Conversation, once: Once | None
+    ) -> Turn:
+        if frame.id is None:
+            return Turn.open(caller, conversation, frame.text, transport="ws", once=once)
+        if not conversation.messages.filter(pk=frame.id).exists():
+            raise NotFound("There is no such message in this conversation.")
+        match frame.type:
+            case "message.regenerate":
+                return Turn.regenerate(caller, frame.id, transport="ws", once=once)
+            case "message.edit":
+                return Turn.edit(caller, frame.id, frame.text, transport="ws", once=once)
         return Turn.retry(caller, frame.id, transport="ws")
 
-    async def _stop(self) -> None:
+    def _begin(self, frame: Frame, begun: Turn | Message) -> None:
+        if isinstance(begun, Turn):
+            self._follow(begun.read(), frame.ref, begun)
+        else:
+            self._follow(_again(begun), frame.ref, running.get(self._conversation_id), again=True)
+
+    async def _stop(self, named: Message | None) -> None:
         """Stop what runs here; nothing running is no error, two clicks on "stop" are normal."""
         turn = running.get(self._conversation_id)
         if turn is not None:
-            turn.close("stopped")
+            if named is None or named.pk == turn.message.pk:
+                turn.close("stopped")
             return
-        message = await _in_thread(self._last_answer)
+        message = named or await _in_thread(self._last_answer)
         if message is not None and message.status == Message.Status.STREAMING:
             await _in_thread(stop, message)
 
-    async def _resume(self, frame: Frame) -> None:
+    async def _resume(self, frame: Frame, named: Message | None) -> None:
+        """That answer's events, or those of the one being written, or how the last one ended."""
         turn = running.get(self._conversation_id)
-        if turn is not None:
-            self._follow(turn, frame.after_seq, frame.ref)
+        if named is not None:
+            found = reader_of(named, frame.after_seq) or Stored(named, frame.after_seq)
+            self._follow(found, frame.ref, turn)
+        elif turn is not None:
+            self._follow(turn.read(frame.after_seq), frame.ref, turn)
         else:
             self._leave()
             self._follower = asyncio.create_task(self._await_elsewhere(frame.ref))
 
     def _last_answer(self) -> Message | None:
         answers = Message.objects.filter(
-            conversation_id=self._conversation_id, role=Message.Role.ASSISTANT
+            conversation_id=self._conversation_id, role=Message.Role.ASSISTANT, author=""
         )
         answers.reap()
         return answers.order_by("-seq").first()
 
     # -- following a turn
 
-    def _follow(self, turn: Turn, after_seq: int, ref: str | None) -> None:
-        """Read that turn's log from now on, and no other."""
+    def _follow(
+        self, reader: Reader | Stored, ref: str | None, turn: Turn | None, *, again: bool = False
+    ) -> None:
+        """Read that from now on, and nothing else. ``turn``: to be waited for when we leave."""
         self._leave()
-        self._turn, self._reader = turn, turn.read(after_seq)
-        self._follower = asyncio.create_task(self._pump(self._reader, ref))
+        self._turn, self._reader = turn, reader
+        self._follower = asyncio.create_task(self._pump(reader, ref, again))
 
     def _leave(self) -> None:
         if self._follower is not None:
@@ -221,12 +321,14 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._reader.close()
         self._turn = self._reader = self._follower = None
 
-    async def _pump(self, reader: Reader, ref: str | None) -> None:
+    async def _pump(self, reader: Reader | Stored, ref: str | None, again: bool) -> None:
         """Events as frames, no faster than the socket takes them."""
         async for event in reader:
             frame = wire.event_json(event)
             if frame["type"] == "message.created":
                 frame["ref"] = ref
+                if again:
+                    frame["replayed"] = True
             while self._outbox_bytes > OUTBOX_BYTES // 2:
                 self._room.clear()
                 await self._room.wait()
@@ -243,6 +345,33 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                 self._say(wire.ended_json(message))
                 return
             await asyncio.sleep(ELSEWHERE_S)
+
+    # -- what happens outside a turn
+
+    def _hear(self, message_ids: tuple[uuid.UUID, ...]) -> None:
+        """Some of this conversation's messages changed: a person answered, or was asked for."""
+        if not self._ended:
+            task = asyncio.create_task(self._tell(message_ids))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, message_ids: tuple[uuid.UUID, ...]) -> None:
+        try:
+            for message in await _in_thread(self._changed, message_ids):
+                self._say(wire.ended_json(message))
+        except (SignedOut, AssistantError):
+            return  # whatever they do next tells them
+        except Exception as error:
+            log.warning("news did not reach a socket: %s", type(error).__name__)
+
+    def _changed(self, message_ids: tuple[uuid.UUID, ...]) -> list[Message]:
+        """Those that are shown and ended, in order. Sync. Raises: SignedOut, NotFound."""
+        _, conversation = self._here()
+        rows = conversation.messages.on_the_page().filter(pk__in=message_ids)
+        ended = rows.exclude(status=Message.Status.STREAMING).select_related(*Message.BESIDE)
+        found = list(ended.order_by("seq"))
+        note_siblings(found)
+        return found
 
     # -- the outbox
 
@@ -278,10 +407,11 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             return
         self._ended = True
         self._leave()
-        if self._caller is not None:
-            _sockets[self._caller.key] -= 1
-            if not _sockets[self._caller.key]:
-                del _sockets[self._caller.key]
+        if self._seat is not None:
+            self._seat.leave()
+        if self._watch is not None:
+            watched().remove(self._watch)
+        ears().remove(self._conversation_id, self._hear)
         if code is not None:
             with suppress(Exception):
                 async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -292,9 +422,16 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                 task.cancel()
 
 
-def _close_unread(opening: asyncio.Future[Turn]) -> None:
+def _again(message: Message) -> Reader | Stored:
+    """All events of an answer that was asked for before."""
+    return reader_of(message, 0) or Stored(message, 0)
+
+
+def _close_unread(opening: asyncio.Future[Turn | Message]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().close("interrupted")
+        begun = opening.result()
+        if isinstance(begun, Turn):
+            begun.close("interrupted")
 
 
 async def _in_thread(function: Any, *args: Any) -> Any:

@@ -28,6 +28,15 @@ class Text(serializers.CharField):
         return super().to_internal_value(data)
 
 
+class Flag(serializers.BooleanField):
+    """True or false, and nothing that could be taken for one."""
+
+    def to_internal_value(self, data: Any) -> bool:
+        if not isinstance(data, bool):
+            self.fail("invalid", input=data)
+        return data
+
+
 class Body(serializers.Serializer[Any]):
     """Refuses fields it does not know: a client that sends ``role`` should hear that it is not."""
 
@@ -53,7 +62,7 @@ class NewConversationBody(TitleBody):
 
 class QuestionBody(Body):
     text = Text(allow_blank=True)  # judged by ``limits``, like on every other transport
-    stream = serializers.BooleanField(required=False, default=False)
+    stream = Flag(required=False, default=False)
 
 
 class EraseBody(Body):
@@ -68,7 +77,7 @@ class EraseBody(Body):
 
 
 class AgainBody(Body):
-    stream = serializers.BooleanField(required=False, default=False)
+    stream = Flag(required=False, default=False)
 
 
 class FeedbackBody(Body):

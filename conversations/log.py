@@ -117,6 +117,7 @@ class Log:
         """Nothing more will come."""
         self.ended = True
         self._wake()
+        self._start = self.abandon = _nothing  # a log that is kept does not keep its turn
 
     def _append(self, event: TurnEvent) -> None:
         self._events.append(event)
@@ -131,6 +132,11 @@ class Log:
     def read(self, after_seq: int = 0) -> Reader:
         """A reader from there on; any number may read, at different places."""
         return Reader(self, after_seq)
+
+    @property
+    def length(self) -> int:
+        """The number of its last event so far."""
+        return len(self._events)
 
     def at(self, seq: int) -> TurnEvent | None:
         """The event of that number (the first is 1), or None if it has not happened yet."""
@@ -155,6 +161,10 @@ class Log:
     def _if_abandoned(self) -> None:
         if not self._readers and not self.ended:
             self.abandon()
+
+
+def _nothing() -> None:
+    """An ended turn is neither started nor abandoned."""
 
 
 class Reader:

@@ -140,9 +140,20 @@ class Message(models.Model):
     attempt = models.PositiveSmallIntegerField(default=1)
     alive_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    #: What the client called the request that made this row, and a digest of what it said. The
+    #: database knows the defaults too, for code that does not know the columns yet.
+    idempotency_key = models.CharField(max_length=255, blank=True, default="", db_default="")
+    idempotency_body = models.CharField(max_length=64, blank=True, default="", db_default="")
+    #: Who wrote it, as its reader is told, if a person of the staff did; never set by a turn.
+    author = models.CharField(max_length=150, blank=True, default="", db_default="")
+    #: Quick replies below it: ``{"label", "text"}``.
+    buttons = models.JSONField(blank=True, default=list, db_default=[])
 
     #: The ids of all versions of this message, if there are several and ``note_siblings`` looked.
     siblings: tuple[str, ...] = ()
+
+    #: Rows beside it that are shown with it, to be fetched in one statement.
+    BESIDE = ("feedback", "hand_over__taken_by")
 
     objects = MessageQuerySet.as_manager()
 
@@ -152,6 +163,11 @@ class Message(models.Model):
             models.UniqueConstraint(fields=["conversation", "seq"], name="message_order"),
             models.UniqueConstraint(
                 fields=["conversation"], condition=Q(status="streaming"), name="one_running_answer"
+            ),
+            models.UniqueConstraint(
+                fields=["conversation", "idempotency_key"],
+                condition=~Q(idempotency_key=""),
+                name="message_once",
             ),
         ]
         indexes = [
@@ -184,6 +200,65 @@ def note_siblings(messages: Sequence[Message]) -> None:
     for message in messages:
         found = (message.conversation_id, message.parent_id, message.role)
         message.siblings = tuple(groups[found]) if found in replaced else ()
+
+
+class HandOver(models.Model):
+    """A person was asked for: from the answer that promised one to the answer of that person."""
+
+    class Status(models.TextChoices):
+        WAITING = "waiting"
+        TAKEN = "taken"
+        ANSWERED = "answered"
+        CLOSED = "closed"
+
+    OPEN = (Status.WAITING, Status.TAKEN)
+
+    conversation = models.ForeignKey(
+        Conversation, on_delete=models.CASCADE, related_name="hand_overs"
+    )
+    message = models.OneToOneField(Message, on_delete=models.CASCADE, related_name="hand_over")
+    #: Why the answer was not the model's best; empty: a rule asks for a person.
+    reason = models.CharField(max_length=30, blank=True, default="")
+    status = models.CharField(max_length=10, choices=Status, default=Status.WAITING)
+    taken_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="+",
+    )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    answered_at = models.DateTimeField(null=True, blank=True)
+    #: When a worker was told to call staff; until then somebody has to try again.
+    announced_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["created_at"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["conversation"],
+                condition=Q(status__in=["waiting", "taken"]),
+                name="one_open_hand_over",
+            )
+        ]
+        indexes = [models.Index(fields=["status", "created_at"], name="hand_over_queue")]
+
+    def __str__(self) -> str:
+        return f"hand-over of {self.created_at:%Y-%m-%d %H:%M} UTC"
+
+    @property
+    def is_open(self) -> bool:
+        return self.status in self.OPEN
+
+    @property
+    def by(self) -> str:
+        """Who took it, as the user is told; nothing while nobody has."""
+        return known_as(self.taken_by) if self.taken_by is not None else ""
+
+
+def known_as(staff: Any) -> str:
+    """A member of the staff, as users are told: the first name, if there is one."""
+    return str(getattr(staff, "first_name", "")).strip() or "our team"
 
 
 class Feedback(models.Model):

@@ -1,4 +1,4 @@
-"""The OpenAI dialect: chat completions, responses and models. Stateless: nothing is stored.
+"""The OpenAI dialect: chat completions, responses, embeddings, models. Nothing is stored.
 
 A request becomes one ``Turn.passing`` a choice, so admission, route, facts and slots are those of
 every other transport. What may be asked is read in ``openai_request``; ``openai_wire`` writes.
@@ -7,22 +7,31 @@ every other transport. What may be asked is read in ``openai_request``; ``openai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from asgiref.sync import async_to_sync
+from django.conf import settings
 from django.http import HttpResponseBase, StreamingHttpResponse
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from assistant import backends
-from assistant.errors import AssistantError, GenerationFailed, NotFound
-from conversations import openai_request, openai_wire, wire
+from assistant.backends.base import Backend, Vector
+from assistant.errors import (
+    AssistantError,
+    GenerationFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+)
+from conversations import limits, openai_request, openai_wire, wire
 from conversations.access import caller_of
+from conversations.counting import Places
 from conversations.limits import Caller
 from conversations.log import Completed, Created, Delta, Failed
-from conversations.openai_request import Asked
+from conversations.openai_request import Asked, Embeddable
 from conversations.openai_wire import Part, Reply
 from conversations.turn import Turn
 
@@ -37,6 +46,21 @@ class ChatCompletions(APIView):
 class Responses(APIView):
     def post(self, request: Request) -> HttpResponseBase:
         return _answer(request, openai_request.response(request.data), openai_wire.ResponseReply)
+
+
+class Embeddings(APIView):
+    def post(self, request: Request) -> Response:
+        wanted = openai_request.embeddings(request.data)
+        caller = caller_of(request)
+        backend = _embedder(wanted)
+        texts = [_text(backend, given) for given in wanted.inputs]
+        tokens = sum(map(backend.count_tokens, texts))
+        vectors = _embedded(caller, backend, texts)
+        limits.spend(caller, tokens)
+        reply = openai_wire.embeddings_json(
+            vectors, model=wanted.model, encoding=wanted.encoding, tokens=tokens
+        )
+        return Response(reply, headers=wire.limit_headers(caller.standings, request.path))
 
 
 class Models(APIView):
@@ -56,8 +80,8 @@ class Elsewhere(APIView):
 
     def _refuse(self, request: Request) -> Response:
         raise NotFound(
-            "There is nothing at this address. Here are /v1/chat/completions, /v1/responses and "
-            "/v1/models, without a slash at their end."
+            "There is nothing at this address. Here are /v1/chat/completions, /v1/responses, "
+            "/v1/embeddings and /v1/models, without a slash at their end."
         )
 
     get = post = put = patch = delete = _refuse
@@ -84,21 +108,82 @@ def _steps(name: str) -> tuple[str, ...]:
     return steps
 
 
+# --- Embeddings ----------------------------------------------------------------------------------
+
+_reading = Places()
+
+
+class Unfit(InvalidRequest):
+    """A value that is well-formed, and not one that this model can give."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def _embedder(wanted: Embeddable) -> Backend:
+    """The backend that reads for that model. Raises: UnknownModel, Unfit, ModelUnavailable."""
+    steps, alias = _steps(wanted.model), backends.answering()
+    if alias is None or steps not in ((), (alias,)):
+        raise Unfit("model", f"{wanted.model} has no embeddings.")
+    backend = backends.get(alias)
+    width = backend.embedding_width()
+    if not width:
+        raise Unfit("model", f"The model behind {wanted.model} has no embeddings.")
+    if wanted.dimensions not in (None, width):
+        raise Unfit("dimensions", f"Embeddings have {width} values here. Leave it out.")
+    return backend
+
+
+def _text(backend: Backend, given: str | tuple[int, ...]) -> str:
+    if isinstance(given, str):
+        return given
+    try:
+        return backend.text_of(given)
+    except InvalidRequest as error:
+        raise Unfit("input", error.message) from error
+
+
+def _embedded(caller: Caller, backend: Backend, texts: list[str]) -> Sequence[Vector]:
+    """The texts' vectors, counted as one request. Raises: AssistantError."""
+    limits.take(caller)
+    most = settings.ASSISTANT_MAX_TURNS_PER_CALLER
+    if not _reading.take(caller.key, most):
+        raise limits.TooMany(f"{most} requests are being read for you. Wait for one to end.")
+    try:
+        return async_to_sync(_in_time)(backend, texts)
+    finally:
+        _reading.give_back(caller.key)
+
+
+async def _in_time(backend: Backend, texts: list[str]) -> Sequence[Vector]:
+    try:
+        async with asyncio.timeout(settings.ASSISTANT["REQUEST_TIMEOUT_S"]):
+            return await backend.embed(texts)
+    except TimeoutError:
+        raise Overloaded(
+            "The texts were not read in time. Send fewer, or try again later.", retry_after_s=5
+        ) from None
+
+
 # --- One request ---------------------------------------------------------------------------------
 
 
 def _answer(
     request: Request, asked: Asked, reply_of: Callable[[Asked, str], Reply]
 ) -> HttpResponseBase:
-    turns = _turns(caller_of(request), asked)
+    caller = caller_of(request)
+    turns = _turns(caller, asked)
+    limits = wire.limit_headers(caller.standings, request.path)
     reply, choices = reply_of(asked, turns[0].message.pk.hex), Choices(turns)
     if asked.stream:
-        return _streamed(choices, reply)
+        return _streamed(choices, reply, limits)
     try:
         ends = async_to_sync(_ends)(choices)
     finally:
         choices.close()
-    return Response(reply.whole(ends), headers={"X-Assistant-Route": ends[0].source.route})
+    headers = {"X-Assistant-Route": ends[0].source.route, **limits}
+    return Response(reply.whole(ends), headers=headers)
 
 
 def _turns(caller: Caller, asked: Asked) -> list[Turn]:
@@ -120,7 +205,7 @@ async def _ends(choices: Choices) -> list[Part]:
     return [_sound(part) async for part in choices if not isinstance(part.event, Delta)]
 
 
-def _streamed(choices: Choices, reply: Reply) -> HttpResponseBase:
+def _streamed(choices: Choices, reply: Reply, limits: dict[str, str]) -> HttpResponseBase:
     """The answers as they are written, from the first word on: until then, errors have a status."""
 
     def write(part: Part) -> bytes:
@@ -136,7 +221,7 @@ def _streamed(choices: Choices, reply: Reply) -> HttpResponseBase:
     return StreamingHttpResponse(
         wire.EventStream(choices, write),
         content_type="text/event-stream",
-        headers={**wire.SSE_HEADERS, **route},
+        headers={**wire.SSE_HEADERS, **route, **limits},
     )
 
 

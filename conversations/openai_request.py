@@ -1,4 +1,4 @@
-"""What may be asked in the OpenAI dialect: the bodies of its two endpoints, read strictly.
+"""What may be asked in the OpenAI dialect: the bodies of its endpoints, read strictly.
 
 Every documented parameter is obeyed, harmless to ignore, or refused by name if it asks for what is
 not here; an undocumented one is refused, so that a typing error is heard of. Knows neither HTTP nor
@@ -23,26 +23,30 @@ from conversations.opening import Said
 #: The model's name if none is given: the whole ladder.
 DEFAULT_MODEL = "local"
 MAX_CHOICES, MAX_STOPS, MAX_STOP_CHARS = 4, 4, 200
+#: Texts of one request for embeddings: as many as OpenAI takes.
+MAX_INPUTS = 2048
+ENCODINGS = ("float", "base64")
 #: The model's own nucleus is never empty; OpenAI's 0 means its best token.
 LEAST_TOP_P = 1e-6
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 
-_CHAT = {
+CHAT = {
     *("model", "messages", "stream", "stream_options", "stop", "temperature", "top_p", "n", "seed"),
     *("max_tokens", "max_completion_tokens"),
 }
-_RESPONSES = {
+RESPONSES = {
     *("model", "input", "instructions", "stream", "stream_options", "temperature", "top_p"),
     *("max_output_tokens", "truncation", "metadata"),
 }
+EMBEDDINGS = {"model", "input", "encoding_format", "dimensions"}
 #: They change nothing that can be seen in an answer of ours.
-_IGNORED = {
+IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "max_tool_calls"),
     *("reasoning_effort", "reasoning", "verbosity"),
 }
 #: Not here, so only a value that asks for nothing is taken.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "background": (False,),
     "background_options": (),
@@ -68,14 +72,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "tool": "user",  # a result that the client looked up is part of what it asks
     "assistant": "assistant",
 }
-_TEXT_PARTS = {"text", "input_text", "output_text"}
+TEXT_PARTS = {"text", "input_text", "output_text"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,19 @@ class Asked:
     echo: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddable:
+    """A request for embeddings. ``inputs``: texts, or token ids of the model's own."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    encoding: str
+    dimensions: int | None
+
+
 def chat(data: Any) -> Asked:
     """A body of ``/v1/chat/completions``. Raises: ValidationError, ContextTooLong."""
-    body = _Body(data, _CHAT)
+    body = _Body(data, CHAT)
     return Asked(
         model=body.text("model") or DEFAULT_MODEL,
         said=_said(body.items("messages"), "messages"),
@@ -108,9 +122,10 @@ def chat(data: Any) -> Asked:
 
 def response(data: Any) -> Asked:
     """A body of ``/v1/responses``. Raises: ValidationError, ContextTooLong."""
-    body = _Body(data, _RESPONSES)
+    body = _Body(data, RESPONSES)
     params = body.params("max_output_tokens")
-    instructions, truncation = body.text("instructions"), body.one_of("truncation", _TRUNCATIONS)
+    body.object("stream_options")  # nothing in it matters here
+    instructions, truncation = body.text("instructions"), body.one_of("truncation", TRUNCATIONS)
     first = [{"role": "system", "content": instructions}] if instructions else []
     given = body.given("input")
     asked = [{"role": "user", "content": given}] if isinstance(given, str) else body.items("input")
@@ -130,7 +145,45 @@ def response(data: Any) -> Asked:
     )
 
 
-_TRUNCATIONS = ("auto", "disabled")
+TRUNCATIONS = ("auto", "disabled")
+
+
+def embeddings(data: Any) -> Embeddable:
+    """A body of ``/v1/embeddings``. Raises: ValidationError, ContextTooLong."""
+    body = _Body(data, EMBEDDINGS)
+    return Embeddable(
+        model=body.text("model") or DEFAULT_MODEL,
+        inputs=_inputs(body.given("input")),
+        encoding=body.one_of("encoding_format", ENCODINGS),
+        dimensions=body.whole("dimensions", 1, _INT32),
+    )
+
+
+def _inputs(given: Any) -> tuple[str | tuple[int, ...], ...]:
+    """A text, a list of texts, token ids, or a list of such lists; not mixed."""
+    if isinstance(given, str):
+        return (_input_text(given, "input"),)
+    if not isinstance(given, list) or not 0 < len(given) <= MAX_INPUTS:
+        _bad("input", f"This must be a string, or a list of 1 to {MAX_INPUTS:,} strings.")
+    if all(isinstance(item, str) for item in given):
+        return tuple(_input_text(text, f"input[{at}]") for at, text in enumerate(given))
+    if all(_is_id(item) for item in given):
+        return (tuple(given),)
+    if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in given):
+        return tuple(tuple(item) for item in given)
+    _bad("input", "These must be strings only, or token ids only, or lists of token ids only.")
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+def _input_text(text: str, param: str) -> str:
+    _fits(text, param)
+    try:
+        return valid_text(text, limit=MAX_BODY_BYTES)
+    except InvalidRequest as error:
+        _bad(param, error.message)
 
 
 # --- Parameters ----------------------------------------------------------------------------------
@@ -154,11 +207,11 @@ class _Body:
         wrong = {
             name[:50]: ["There is no such parameter."]
             for name in self._data
-            if name not in known | _IGNORED | _NEUTRAL.keys()
+            if name not in known | IGNORED | NEUTRAL.keys()
         } | {
             name: ["This is not supported here. Leave it out."]
             for name, value in self._data.items()
-            if name not in known and name in _NEUTRAL and value not in _NEUTRAL[name]
+            if name not in known and name in NEUTRAL and not _is_one_of(value, NEUTRAL[name])
         }
         if wrong:
             raise ValidationError(dict(list(wrong.items())[:10]))
@@ -233,6 +286,11 @@ class _Body:
         )
 
 
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """As JSON has it, where 0 is not false."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
+
+
 def _bad(param: str, message: str) -> NoReturn:
     raise ValidationError({param: [message]})
 
@@ -265,11 +323,11 @@ def _said(items: Sequence[Any], param: str, *, skipped: int = 0, whole: bool = F
     return Said(question, earlier, "\n".join(system), whole)
 
 
-def _fits(question: str) -> None:
+def _fits(text: str, what: str = "question") -> None:
     most = settings.ASSISTANT_MAX_TEXT_CHARS
-    if len(question) > most:
+    if len(text) > most:
         raise ContextTooLong(
-            f"The question has {len(question):,} characters; at most {most:,} are read. Shorten it."
+            f"The {what} has {len(text):,} characters; at most {most:,} are read. Shorten it."
         )
 
 
@@ -282,14 +340,14 @@ def _message(item: Any, param: str) -> tuple[Role, str]:
         if item.get(name):
             _bad(f"{param}.{name}", "Only text is read; there are no tools here.")
     role = item.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        _bad(f"{param}.role", f"This must be one of {', '.join(_ROLES)}.")
+    if not isinstance(role, str) or role not in ROLES:
+        _bad(f"{param}.role", f"This must be one of {', '.join(ROLES)}.")
     param += ".content"
     text = "\n".join(_texts(item.get("content"), role, param))
     if not text.strip() and role != "user":
-        return _ROLES[role], ""
+        return ROLES[role], ""
     try:
-        return _ROLES[role], valid_text(text, limit=MAX_BODY_BYTES)
+        return ROLES[role], valid_text(text, limit=MAX_BODY_BYTES)
     except InvalidRequest as error:
         _bad(param, error.message)
 
@@ -305,7 +363,8 @@ def _texts(content: Any, role: str, param: str) -> Iterator[str]:
 
 
 def _text(part: Any, param: str) -> str:
-    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
         _bad(f"{param}.type", "Only parts of the type text are read.")
     text = part.get("text")
     if not isinstance(text, str):

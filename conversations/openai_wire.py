@@ -6,17 +6,22 @@ tried with the official ones, and those run in the tests.
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from assistant.backends.base import Vector
 from assistant.errors import AssistantError
+from conversations.errors import ERRORS
 from conversations.log import Completed, Delta, Failed
 from conversations.models import Message
 from conversations.openai_request import Asked
 from conversations.turn import Source
-from conversations.wire import ERRORS, encode
+from conversations.wire import encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +208,27 @@ _RESPONSE: dict[str, Any] = {
 
 def model_json(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": _STARTED, "owned_by": "inhouse"}
+
+
+def embeddings_json(
+    vectors: Sequence[Vector], *, model: str, encoding: str, tokens: int
+) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": at, "embedding": _vector_json(vector, encoding)}
+            for at, vector in enumerate(vectors)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _vector_json(vector: Vector, encoding: str) -> Any:
+    """Numbers, or the bytes of float32 numbers, the lowest byte first, in base64."""
+    if encoding == "base64":
+        return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+    return np.asarray(vector, float).tolist()
 
 
 def error_json(error: AssistantError) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from django.utils import timezone
 from assistant import backends, facts, types
 from assistant.errors import AssistantError, Conflict, ContextTooLong, InvalidRequest, NotFound
 from conversations import history, limits
+from conversations.idempotency import Once, claim
 from conversations.limits import Caller
 from conversations.models import Conversation, Feedback, Message, note_siblings
 from fallback import answers
@@ -36,7 +37,7 @@ AGAIN_TEMPERATURE, AGAIN_TOP_P = 0.7, 0.9
 RESULT_FIELDS = (
     *("text", "html", "status", "route", "degraded_reason", "intent", "confidence", "scope"),
     *("model", "input_tokens", "output_tokens", "ttft_ms", "duration_ms", "finish_reason"),
-    *("error_code", "error_message"),
+    *("error_code", "error_message", "buttons"),
 )
 _USABLE = {Message.Status.COMPLETE, Message.Status.STOPPED}
 _RETRYABLE = {Message.Status.FAILED, Message.Status.INTERRUPTED, Message.Status.STOPPED}
@@ -67,11 +68,15 @@ class Said:
 
 
 def first_run(
-    caller: Caller, conversation: Conversation | None, text: str, params: types.Params | None
+    caller: Caller,
+    conversation: Conversation | None,
+    text: str,
+    params: types.Params | None,
+    once: Once | None = None,
 ) -> Opened:
     """A new question. Raises: AssistantError."""
     ask = _ask(caller, conversation, text, before=None, params=params)
-    return _store_question(caller, conversation, text, ask)
+    return _store_question(caller, conversation, text, ask, once)
 
 
 def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
@@ -91,7 +96,9 @@ def passing_run(caller: Caller, said: Said, params: types.Params, steps: tuple[s
     return Opened(conversation, None, answer, ask, stored=False)
 
 
-def new_version(caller: Caller, message_id: uuid.UUID, text: str | None) -> Opened:
+def new_version(
+    caller: Caller, message_id: uuid.UUID, text: str | None, once: Once | None = None
+) -> Opened:
     """Another answer (``text`` None, the id an answer's), or the question put differently.
 
     What was there stays, with all that followed it, and is not shown any more.
@@ -103,7 +110,7 @@ def new_version(caller: Caller, message_id: uuid.UUID, text: str | None) -> Open
     ask = _ask(
         caller, message.conversation, text or asked.text, before=asked.seq, params=_again(text)
     )
-    return _store_version(caller, message, text, ask)
+    return _store_version(caller, message, text, ask, once)
 
 
 def _again(text: str | None) -> types.Params | None:
@@ -190,14 +197,19 @@ def _earlier(
         rows = rows.filter(seq__lt=before)
     pairs: list[tuple[types.Message, types.Message]] = []
     answer: Message | None = None
-    columns = ("role", "text", "intent", "degraded_reason", "status", "conversation_id")
+    added: list[str] = []  # what a person of the staff wrote below the answer
+    columns = ("role", "text", "intent", "degraded_reason", "status", "author", "conversation_id")
     for row in rows.only(*columns)[:MAX_EARLIER]:
-        if row.role == Message.Role.ASSISTANT:
+        if row.author:
+            added.insert(0, row.text)
+        elif row.role == Message.Role.ASSISTANT:
             answer = row if row.text and row.status in _USABLE else None
-        elif answer is not None:
-            said = types.Message("assistant", answer.text, _answered_as(answer))
-            pairs.append((types.Message("user", row.text), said))
-            answer = None
+        else:
+            if answer is not None:
+                text = "\n\n".join([answer.text, *added])
+                said = types.Message("assistant", text, _answered_as(answer))
+                pairs.append((types.Message("user", row.text), said))
+            answer, added = None, []
     return pairs[::-1]
 
 
@@ -207,7 +219,7 @@ def _answered_as(answer: Message) -> str | None:
 
 
 def _store_question(
-    caller: Caller, conversation: Conversation | None, question: str, ask: Ask
+    caller: Caller, conversation: Conversation | None, question: str, ask: Ask, once: Once | None
 ) -> Opened:
     """Question and empty answer, in order and together. Raises: Conflict, NotFound."""
     try:
@@ -215,6 +227,7 @@ def _store_question(
             held = _held(caller, conversation, question)
             before = held.messages.on_the_page().order_by("-seq").first()
             asked = _question(held, before, question)
+            claim(asked, once)
             answer = _empty_answer(asked)
             Message.objects.bulk_create([asked, answer])
     except IntegrityError:
@@ -286,12 +299,16 @@ def _replaceable(caller: Caller, message_id: uuid.UUID, role: str) -> Message:
         raise NotFound("There is no such message.")
     if message.role != role:
         raise InvalidRequest("An answer can be regenerated, a question can be edited.")
+    if message.author:
+        raise InvalidRequest("A person wrote this, so it cannot be written again. Ask a question.")
     if not message.shown:
         raise InvalidRequest("This message was replaced. Only what is shown can be changed.")
     return message
 
 
-def _store_version(caller: Caller, message: Message, text: str | None, ask: Ask) -> Opened:
+def _store_version(
+    caller: Caller, message: Message, text: str | None, ask: Ask, once: Once | None
+) -> Opened:
     """The new version and its answer, after all that is there. Raises: Conflict, NotFound."""
     try:
         with transaction.atomic():
@@ -305,6 +322,7 @@ def _store_version(caller: Caller, message: Message, text: str | None, ask: Ask)
             new = _question(held, message.parent, text or "")
             if text is None:
                 new = _empty_answer(_question_of(message), new.seq)
+            claim(new, once)
             added = [new] if text is None else [new, _empty_answer(new)]
             Message.objects.bulk_create(added)
             note_siblings(added)

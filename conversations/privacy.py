@@ -84,7 +84,7 @@ def _as_markdown(conversation: Conversation) -> Iterator[str]:
     names = {"user": "You", "assistant": settings.ASSISTANT["NAME"]}
     for message in _messages(conversation):
         if message.shown:
-            who = names[message.role]
+            who = message.author or names[message.role]
             yield f"\n## {who}, {message.created_at:%Y-%m-%d %H:%M}\n\n{message.text}\n"
 
 
@@ -104,7 +104,7 @@ def _conversations(caller: Caller) -> Iterator[Conversation]:
 
 
 def _messages(conversation: Conversation) -> Iterator[Message]:
-    rows = Message.objects.filter(conversation=conversation).select_related("feedback")
+    rows = Message.objects.filter(conversation=conversation).select_related(*Message.BESIDE)
     after = 0
     while page := list(rows.filter(seq__gt=after).order_by("seq")[:PAGE_ROWS]):
         note_siblings(page)

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from drf_spectacular.extensions import OpenApiAuthenticationExtension
+from drf_spectacular.extensions import (
+    OpenApiAuthenticationExtension,
+    OpenApiSerializerFieldExtension,
+)
 from drf_spectacular.openapi import AutoSchema
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse
 from rest_framework import serializers
 
-from conversations import inputs, models, wire
+from conversations import inputs, models, openai_schema
+from conversations.errors import ERRORS
 
-ERROR_CODES = [(code, code) for code in sorted(wire.ERRORS)]
+ERROR_CODES = [(code, code) for code in sorted(ERRORS)]
 
 # --- What is given -------------------------------------------------------------------------------
 
@@ -49,6 +53,18 @@ class Feedback(serializers.Serializer[Any]):
     created_at = serializers.DateTimeField()
 
 
+class Button(serializers.Serializer[Any]):
+    label = serializers.CharField()  # type: ignore[assignment]
+    text = serializers.CharField(help_text="What pressing it asks.")
+
+
+class HandOver(serializers.Serializer[Any]):
+    status = serializers.ChoiceField(choices=models.HandOver.Status.choices)
+    by = serializers.CharField(help_text="Who took it; empty while nobody has.")
+    created_at = serializers.DateTimeField()
+    answered_at = serializers.DateTimeField(allow_null=True)
+
+
 class Message(serializers.Serializer[Any]):
     id = serializers.UUIDField()
     conversation = serializers.UUIDField()
@@ -74,6 +90,13 @@ class Message(serializers.Serializer[Any]):
     finish_reason = serializers.CharField()
     error = AnswerError(allow_null=True)
     feedback = Feedback(allow_null=True)
+    buttons = Button(many=True, help_text="Quick replies to show below it.")
+    author = serializers.CharField(
+        allow_null=True, help_text="The person of the staff who wrote it, if one did."
+    )
+    hand_over = HandOver(
+        allow_null=True, help_text="How far the person is whom this answer asked for, if it did."
+    )
     created_at = serializers.DateTimeField()
 
 
@@ -159,12 +182,12 @@ class Problem(serializers.Serializer[Any]):
 class Operation:
     """What an operation takes and gives, and ``also`` in other media types than JSON.
 
-    ``asks``: an answer is written, so more can go wrong.
+    Serializers, or JSON Schema. ``asks``: an answer is written, so more can go wrong.
     """
 
     summary: str
     gives: Any
-    takes: type[serializers.Serializer[Any]] | None = None
+    takes: type[serializers.Serializer[Any]] | openai_schema.Schema | None = None
     query: tuple[Any, ...] = ()
     asks: bool = False
     also: tuple[str, ...] = ()
@@ -180,6 +203,20 @@ _PAGED = (
     OpenApiParameter("page_size", int, description="At most 200."),
 )
 _EVENTS = ("text/event-stream",)
+_ALSO: dict[str, Any] = {"text/event-stream": openai_schema.EVENT, "text/markdown": str}
+_LAST_EVENT = OpenApiParameter(
+    "Last-Event-ID",
+    int,
+    OpenApiParameter.HEADER,
+    description="The last event that you have seen.",
+)
+_ONCE = OpenApiParameter(
+    "Idempotency-Key",
+    {"type": "string", "pattern": "^[ -~]*[!-~][ -~]*$", "minLength": 1, "maxLength": 255},
+    OpenApiParameter.HEADER,
+    description="A name for this request, for a day: sent again, it is not carried out again; its "
+    "answer is sent with `Idempotent-Replayed: true`.",
+)
 _ORDERS = tuple(sign + name for name in ("updated_at", "created_at", "title") for sign in ("", "-"))
 
 #: By view and verb; a test asserts that no operation is missing.
@@ -210,6 +247,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Ask; the answer as JSON or as events",
         Message,
         inputs.QuestionBody,
+        query=(_ONCE,),
         asks=True,
         also=_EVENTS,
     ),
@@ -219,10 +257,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         query=(inputs.MessageQuery, _choice("ordering", "created_at", "-created_at"), *_PAGED),
     ),
     ("MessageCancel", "POST"): Operation("Stop an answer that is being written", Message),
+    ("MessageEvents", "GET"): Operation(
+        "An answer's events, from the start or from where you were",
+        None,
+        query=(_LAST_EVENT,),
+        also=_EVENTS,
+        status=204,
+    ),
     ("MessageRegenerate", "POST"): Operation(
         "Another answer to the same question",
         Message,
         inputs.AgainBody,
+        query=(_ONCE,),
         asks=True,
         also=_EVENTS,
     ),
@@ -230,6 +276,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Put a question differently and have it answered",
         Message,
         inputs.QuestionBody,
+        query=(_ONCE,),
         asks=True,
         also=_EVENTS,
     ),
@@ -239,6 +286,28 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("MessageFeedback", "DELETE"): Operation("Take it back", None, status=204),
     ("OwnExport", "GET"): Operation("Everything that is kept of you", OwnExport),
     ("OwnData", "DELETE"): Operation("Erase it", Erased, inputs.EraseBody),
+    ("ChatCompletions", "POST"): Operation(
+        "An answer to a conversation that you bring along",
+        openai_schema.COMPLETION,
+        openai_schema.CHAT,
+        asks=True,
+        also=_EVENTS,
+    ),
+    ("Responses", "POST"): Operation(
+        "The same, in the words of the newer dialect",
+        openai_schema.RESPONSE_GIVEN,
+        openai_schema.RESPONSE,
+        asks=True,
+        also=_EVENTS,
+    ),
+    ("Embeddings", "POST"): Operation(
+        "What the model makes of texts, as vectors",
+        openai_schema.EMBEDDINGS,
+        openai_schema.EMBEDDABLE,
+        asks=True,
+    ),
+    ("Models", "GET"): Operation("The routes that a request may name", openai_schema.MODELS),
+    ("Model", "GET"): Operation("One of them", openai_schema.MODEL),
 }
 
 
@@ -260,7 +329,7 @@ class TableSchema(AutoSchema):
         return f"{words}_{self.method.lower()}"
 
     def get_tags(self) -> list[str]:
-        return [self.path.split("/")[3]]
+        return ["openai" if self.path.startswith("/v1/") else self.path.split("/")[3]]
 
     def get_override_parameters(self) -> list[Any]:
         return list(self._operation.query) if self._operation else []
@@ -269,10 +338,15 @@ class TableSchema(AutoSchema):
         return self._operation.takes if self._operation else None
 
     def _get_request_body(self, direction: Literal["request", "response"] = "request") -> Any:
-        """drf-spectacular knows no body of DELETE; erasure asks for a word in one."""
-        if self.method != "DELETE" or self.get_request_serializer() is None:
+        """drf-spectacular knows no body of DELETE, and in one of PATCH no field that has to be
+        there."""
+        takes = self.get_request_serializer()
+        if isinstance(takes, dict):
+            schema: Any = takes
+        elif self.method not in {"DELETE", "PATCH"} or takes is None:
             return super()._get_request_body(direction)  # type: ignore[no-untyped-call]
-        schema = self.resolve_serializer(self.get_request_serializer(), direction).ref
+        else:
+            schema = self.resolve_serializer(takes, direction).ref
         return {"content": {"application/json": {"schema": schema}}, "required": True}
 
     def get_response_serializers(self) -> Any:
@@ -284,7 +358,7 @@ class TableSchema(AutoSchema):
         if operation.gives is not None:
             kinds = {(operation.status, "application/json"): good}
         for media_type in operation.also:
-            kinds[operation.status, media_type] = str
+            kinds[200, media_type] = _ALSO[media_type]
         if self.method == "GET" and getattr(self.view, "polled", False):
             kinds[304] = OpenApiResponse(description="Nothing new since the ETag you sent.")
         for status in self._errors(operation):
@@ -293,10 +367,43 @@ class TableSchema(AutoSchema):
         return kinds
 
     def _errors(self, operation: Operation) -> list[int]:
-        wrong = [400] if operation.takes or operation.query else []
-        absent = [404] if "{id}" in self.path else []
-        more = [409, 429, 503] if operation.asks else []
-        return sorted({*wrong, 401, 403, *absent, *more})
+        body = [400, 413, 415] if operation.takes else []
+        query = [400] if operation.query else []
+        absent = [404] if self._names_something else []
+        more = [429, 503] if operation.asks else []
+        busy = [409] if operation.asks and not self.path.startswith("/v1/") else []
+        other = [422] if _ONCE in operation.query else []
+        return sorted({401, 403, *body, *query, *absent, *more, *busy, *other})
+
+    @property
+    def _names_something(self) -> bool:
+        """What may not be there: a row by its address, a model by its name, a page's cursor."""
+        operation = self._operation
+        paged = operation is not None and set(_PAGED) <= set(operation.query)
+        dialect = self.path.startswith("/v1/") and self.method == "POST"
+        return "{" in self.path or dialect or paged
+
+
+class TextFields(OpenApiSerializerFieldExtension):  # type: ignore[no-untyped-call]
+    """What ``limits.valid_text`` says of a text."""
+
+    target_class = "conversations.inputs.Text"
+
+    def map_serializer_field(self, auto_schema: Any, direction: str) -> dict[str, Any]:
+        field: Any = self.target
+        schema = openai_schema.PLAIN if field.allow_blank else openai_schema.TEXT
+        return schema | ({"maxLength": field.max_length} if field.max_length else {})
+
+
+def strict_bodies(result: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """A body refuses fields that it does not know."""
+    for name, schema in result["components"]["schemas"].items():
+        if name.endswith("Body"):
+            schema["additionalProperties"] = False
+    # A blank question passes its field, to be refused in the words of every other transport.
+    question = result["components"]["schemas"]["QuestionBody"]["properties"]
+    question["text"] = openai_schema.TEXT
+    return result
 
 
 class BearerScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
@@ -317,5 +424,9 @@ class SessionScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-
 
 
 def only_ours(endpoints: list[Any]) -> list[Any]:
-    """The API of this product; the OpenAI dialect is described by its inventors."""
-    return [endpoint for endpoint in endpoints if endpoint[0].startswith("/api/v1/")]
+    """The API of this product and its OpenAI dialect, without the page that says "not here"."""
+    return [
+        endpoint
+        for endpoint in endpoints
+        if endpoint[0].startswith(("/api/v1/", "/v1/")) and endpoint[3].cls.__name__ != "Elsewhere"
+    ]

@@ -2,12 +2,91 @@
 
 from __future__ import annotations
 
-from celery import shared_task
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
-from conversations.models import Message
+from celery import Task, shared_task
+from django.conf import settings
+from django.utils import timezone
+
+from conversations import hooks
+from conversations.models import HandOver, Message
+
+log = logging.getLogger(__name__)
+
+#: Pauses between tries of a hook, in seconds: a receiver that restarts, and one that is down a
+#: while. After the last the queue in the admin is all that tells.
+HOOK_PAUSES_S = (5, 30, 120, 600, 1800)
+#: What a turn did not announce is announced later, unless it is a day old or there are very many.
+ITS_TURN_NEEDS, NEWS_FOR, MOST_ANNOUNCED = timedelta(seconds=30), timedelta(days=1), 100
 
 
 @shared_task  # type: ignore[untyped-decorator]
 def reap_stale_turns() -> int:
     """Mark answers whose process died; the number of them."""
     return Message.objects.reap()
+
+
+def announce(asked: HandOver) -> None:
+    """Have workers call staff, by whatever settings name; noted if all of that could be queued."""
+    hooked = (
+        (settings.ASSISTANT_HAND_OVER_WEBHOOK, post_hand_over),
+        (settings.ASSISTANT_HAND_OVER_EMAIL, mail_hand_over),
+    )
+    queued = [_queued(task, asked.pk) for named, task in hooked if named]
+    if all(queued):
+        HandOver.objects.filter(pk=asked.pk).update(announced_at=timezone.now())
+
+
+@shared_task  # type: ignore[untyped-decorator]
+def announce_hand_overs() -> int:
+    """What its turn could not announce, because the broker was away or the server ended; how
+    many."""
+    now = timezone.now()
+    rows = HandOver.objects.filter(status__in=HandOver.OPEN, announced_at=None)
+    missed = rows.filter(created_at__range=(now - NEWS_FOR, now - ITS_TURN_NEEDS))[:MOST_ANNOUNCED]
+    for asked in missed:
+        announce(asked)
+    return len(missed)
+
+
+@shared_task(bind=True, max_retries=len(HOOK_PAUSES_S))  # type: ignore[untyped-decorator]
+def post_hand_over(self: Task, pk: int) -> None:
+    """Send the webhook of that hand-over."""
+    _deliver(self, pk, hooks.post)
+
+
+@shared_task(bind=True, max_retries=len(HOOK_PAUSES_S))  # type: ignore[untyped-decorator]
+def mail_hand_over(self: Task, pk: int) -> None:
+    """Send the mail of that hand-over."""
+    _deliver(self, pk, hooks.mail)
+
+
+def _deliver(task: Task, pk: int, send: Callable[[HandOver], None]) -> None:
+    """Once, unless nobody needs to come any more; later again if the other side was not there."""
+    asked = HandOver.objects.filter(pk=pk, status__in=HandOver.OPEN).first()
+    if asked is None:
+        return
+    try:
+        send(asked)
+    except hooks.Refused as error:
+        log.error("%s of hand-over %s was refused: %s", send.__name__, pk, error)
+    except hooks.NotDelivered as error:
+        tries = task.request.retries
+        if tries >= len(HOOK_PAUSES_S):
+            log.error("%s of hand-over %s was given up: %s", send.__name__, pk, error)
+            return
+        log.warning("%s of hand-over %s did not arrive: %s", send.__name__, pk, error)
+        raise task.retry(countdown=HOOK_PAUSES_S[tries]) from error
+
+
+def _queued(task: Any, *args: Any) -> bool:
+    """Whether a worker will run it; False if the broker is away."""
+    try:
+        task.apply_async(args, retry=False)
+    except Exception as error:  # kombu's, or of the broker's own client
+        log.error("%s was not queued: %s", task.name, type(error).__name__)
+        return False
+    return True

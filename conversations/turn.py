@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
@@ -28,13 +28,14 @@ from django.utils import timezone
 
 from assistant import types
 from assistant.errors import AssistantError, GenerationFailed, Overloaded, RateLimited
-from conversations import limits, markdown, opening
+from conversations import handover, limits, markdown, opening, tasks
 from conversations.idempotency import Once
 from conversations.limits import Caller
 from conversations.log import Created, Delta, Log, Reader
-from conversations.models import ALIVE_EVERY_S, Conversation, Message
+from conversations.models import ALIVE_EVERY_S, Conversation, HandOver, Message
 from conversations.running import running
 from fallback.router import Routed, route
+from fallback.rules import Button
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ MAX_ANSWER_CHARS = 64_000
 LAST_SAVE_S = 5.0
 #: A save is tried again after these pauses; a database restart fits in between.
 SAVE_PAUSES_S = (0.2, 1.0, 5.0, 20.0)
+
+#: A person is asked even if the reader left meanwhile; not if they said "stop".
+_HANDED_OVER: tuple[Ending, ...] = ("complete", "interrupted")
 
 #: Sent once per turn, after it is stored, with ``record: TurnRecord``. Receivers only observe.
 turn_finished = Signal()
@@ -106,6 +110,8 @@ class _Progress:
     chars: int = 0
     route: str = ""
     reason: str = ""
+    buttons: tuple[Button, ...] = ()
+    hand_over: bool = False
     started: types.Started | None = None
     usage: types.Usage = field(default_factory=types.Usage)
     finish_reason: str = ""
@@ -146,6 +152,7 @@ class Turn:
             abandon=lambda: self.close("interrupted"),
         )
         self._ending: Ending | None = None  # set by close(), before the task hears of it
+        self._asked: HandOver | None = None  # a person, by this very answer
         self._begun = False
         self._task: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
@@ -312,6 +319,7 @@ class Turn:
         match event:
             case Routed():
                 progress.route, progress.reason = event.route, event.reason
+                progress.buttons, progress.hand_over = event.buttons, event.hand_over
             case types.Started():
                 progress.started = event
             case types.Delta():
@@ -361,6 +369,8 @@ class Turn:
             running.keep(message.pk, self._log)
         running.remove(self)
         self._log.end(message, error)
+        if self._asked is not None:
+            await _in_thread(tasks.announce, self._asked)
         await _in_thread(self._tell, message, ending)
 
     async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
@@ -417,6 +427,8 @@ class Turn:
                 Conversation.objects.filter(pk=self.conversation_id).update(
                     updated_at=timezone.now()
                 )
+                if self._progress.hand_over and ending in _HANDED_OVER:
+                    self._asked = handover.opened(message) or self._asked
         return message
 
     def _filled(self, ending: Ending, error: AssistantError | None) -> Message:
@@ -427,6 +439,7 @@ class Turn:
         message.html = markdown.render(progress.text) if rendered else ""
         message.status = ending
         message.route, message.degraded_reason = progress.route, progress.reason
+        message.buttons = [asdict(button) for button in progress.buttons]
         if started is not None:
             message.intent = started.intent or ""
             message.confidence, message.scope = started.confidence, started.scope

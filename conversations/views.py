@@ -5,7 +5,10 @@ Rows are fetched through ``visible_to`` only, so another user's id is a 404 like
 
 from __future__ import annotations
 
+import re
 import uuid
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from asgiref.sync import async_to_sync
@@ -26,11 +29,13 @@ from django.http import (
 from django.shortcuts import render
 from django.utils import timezone
 from django.utils.cache import patch_cache_control, patch_vary_headers
+from django.utils.dateparse import parse_datetime
 from django.utils.decorators import method_decorator
-from django.views import defaults
+from django.views import csrf, defaults
 from django.views.decorators.cache import never_cache
 from django.views.decorators.csrf import ensure_csrf_cookie
 from django.views.decorators.http import conditional_page
+from rest_framework import exceptions
 from rest_framework.pagination import CursorPagination
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -40,6 +45,7 @@ from assistant import backends
 from assistant.errors import AssistantError, Conflict, InvalidRequest, NotFound
 from conversations import wire
 from conversations.access import VISITOR, GuardedLogin, caller_of, caller_of_page
+from conversations.idempotency import Once, run_once
 from conversations.inputs import (
     AgainBody,
     ConversationQuery,
@@ -50,7 +56,10 @@ from conversations.inputs import (
     TitleBody,
     valid,
 )
+from conversations.limits import Caller
 from conversations.models import Conversation, Feedback, Message, note_siblings
+from conversations.opening import RESULT_FIELDS
+from conversations.resume import MAX_SEQ, Stored, reader_of
 from conversations.running import running, stop
 from conversations.turn import Turn
 
@@ -71,6 +80,28 @@ class RecentFirst(CursorPagination):
         if asked.removeprefix("-") not in self.fields:
             raise InvalidRequest(f"ordering must be one of {', '.join(self.fields)}, or -one.")
         return asked, f"{minus}id"
+
+    def decode_cursor(self, request: Request) -> Any:
+        """DRF's; a position that was made up is not handed to the database."""
+        cursor = super().decode_cursor(request)
+        if (
+            cursor is not None
+            and cursor.position is not None
+            and not self._fits(str(cursor.position))
+        ):
+            raise exceptions.NotFound(self.invalid_cursor_message)
+        return cursor
+
+    def _fits(self, position: str) -> bool:
+        match self.ordering[0].removeprefix("-"):
+            case "seq":
+                return bool(re.fullmatch(r"[0-9]{1,9}", position))
+            case "title":
+                return "\0" not in position
+        with suppress(ValueError):
+            moment = parse_datetime(position)
+            return moment is not None and moment.tzinfo is not None
+        return False
 
 
 class InOrder(RecentFirst):
@@ -150,8 +181,9 @@ class Messages(Polled):
         data = valid(QuestionBody(data=request.data))
         transport = _transport(request, data)
         conversation = own_conversation(request, pk)
-        turn = Turn.open(caller_of(request), conversation, data["text"], transport=transport)
-        return _answered(turn)
+        caller, text, once = caller_of(request), data["text"], _once(request, "create", None, data)
+        begin = partial(Turn.open, caller, conversation, text, transport=transport, once=once)
+        return _answered(run_once(pk, once, begin), transport)
 
 
 def _transport(request: Request, data: dict[str, Any]) -> str:
@@ -159,20 +191,60 @@ def _transport(request: Request, data: dict[str, Any]) -> str:
     return "sse" if streams else "rest"
 
 
-def _answered(turn: Turn) -> HttpResponseBase:
+def _once(
+    request: Request, kind: str, about: uuid.UUID | None, data: dict[str, Any]
+) -> Once | None:
+    """The request's name, if it has one, as a frame of that type would have it."""
+    key = request.headers.get("idempotency-key")
+    return Once.of(key, f"message.{kind}", about, data.get("text", ""))
+
+
+def _conversation_of(caller: Caller, message_id: uuid.UUID) -> uuid.UUID:
+    found = Message.objects.visible_to(caller).filter(pk=message_id)
+    conversation: uuid.UUID | None = found.values_list("conversation_id", flat=True).first()
+    if conversation is None:
+        raise NotFound("There is no such message.")
+    return conversation
+
+
+def _answered(begun: Turn | Message, transport: str) -> HttpResponseBase:
     """The turn's answer when it is complete, or its events while it is written."""
-    if turn.transport == "sse":
-        return StreamingHttpResponse(
-            wire.EventStream(turn.read()),
-            content_type="text/event-stream",
-            headers=wire.SSE_HEADERS,
-        )
-    message = async_to_sync(turn.result)()
-    return Response(wire.message_json(message), headers={"X-Assistant-Route": message.route})
+    if isinstance(begun, Message):
+        return _answered_again(begun, transport)
+    limits = wire.limit_headers(begun.caller.standings, "")
+    if transport == "sse":
+        return _streamed(begun.read(), limits)
+    message = async_to_sync(begun.result)()
+    headers = {"X-Assistant-Route": message.route, **limits}
+    return Response(wire.message_json(message), headers=headers)
+
+
+def _answered_again(message: Message, transport: str) -> HttpResponseBase:
+    """The same to a request that came before: from where its answer is being written, or kept."""
+    again = {"Idempotent-Replayed": "true"}
+    if transport == "sse":
+        return _streamed(reader_of(message, 0) or Stored(message, 0), again)
+    turn = running.get(message.conversation_id)
+    if turn is not None and turn.message.pk == message.pk:
+        message = async_to_sync(turn.result)()
+    else:
+        message.refresh_from_db(fields=list(RESULT_FIELDS))  # it may have ended a moment ago
+        note_siblings([message])
+    headers = {"X-Assistant-Route": message.route, **again}
+    return Response(wire.message_json(message), headers=headers)
+
+
+def _streamed(reader: wire.Readable, headers: dict[str, str]) -> StreamingHttpResponse:
+    return StreamingHttpResponse(
+        wire.EventStream(reader),
+        content_type="text/event-stream",
+        headers={**wire.SSE_HEADERS, **headers},
+    )
 
 
 def _listed(rows: QuerySet[Message], pages: RecentFirst, view: APIView) -> Response:
-    page = pages.paginate_queryset(rows.select_related("feedback"), view.request, view=view) or []
+    rows = rows.select_related(*Message.BESIDE)
+    page = pages.paginate_queryset(rows, view.request, view=view) or []
     note_siblings(page)
     return pages.get_paginated_response([wire.message_json(row) for row in page])
 
@@ -187,16 +259,42 @@ class OwnMessages(Polled):
 class MessageRegenerate(APIView):
     def post(self, request: Request, pk: uuid.UUID) -> HttpResponseBase:
         """Another answer to the same question; the one before is kept as its sibling."""
-        transport = _transport(request, valid(AgainBody(data=request.data)))
-        return _answered(Turn.regenerate(caller_of(request), pk, transport=transport))
+        data, caller = valid(AgainBody(data=request.data)), caller_of(request)
+        transport, once = _transport(request, data), _once(request, "regenerate", pk, data)
+        begin = partial(Turn.regenerate, caller, pk, transport=transport, once=once)
+        return _answered(run_once(_conversation_of(caller, pk), once, begin), transport)
 
 
 class MessageEdit(APIView):
     def post(self, request: Request, pk: uuid.UUID) -> HttpResponseBase:
         """The answer to that question put differently; what followed it is kept, not shown."""
-        data = valid(QuestionBody(data=request.data))
-        transport = _transport(request, data)
-        return _answered(Turn.edit(caller_of(request), pk, data["text"], transport=transport))
+        data, caller = valid(QuestionBody(data=request.data)), caller_of(request)
+        transport, once = _transport(request, data), _once(request, "edit", pk, data)
+        begin = partial(Turn.edit, caller, pk, data["text"], transport=transport, once=once)
+        return _answered(run_once(_conversation_of(caller, pk), once, begin), transport)
+
+
+class MessageEvents(APIView):
+    def get(self, request: Request, pk: uuid.UUID) -> HttpResponseBase:
+        """An answer's events, while it is written or later, after the one named in
+        ``Last-Event-ID``. 204: there are no more, which ends a browser's ``EventSource``."""
+        rows = Message.objects.visible_to(caller_of(request))
+        related = rows.select_related("conversation", "parent", *Message.BESIDE)
+        message = related.filter(pk=pk, role=Message.Role.ASSISTANT).first()
+        if message is None:
+            raise NotFound("There is no such answer.")
+        reader = reader_of(message, _last_event(request))
+        return Response(status=204) if reader is None else _streamed(reader, {})
+
+
+def _last_event(request: Request) -> int:
+    """The number of the event that the client saw last. Raises: InvalidRequest."""
+    given = request.headers.get("last-event-id", "0")
+    if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) > MAX_SEQ:
+        raise InvalidRequest(
+            f"Last-Event-ID must be the id of an event, a whole number up to {MAX_SEQ:,}."
+        )
+    return int(given)
 
 
 class MessageCancel(APIView):
@@ -226,7 +324,7 @@ class MessageFeedback(APIView):
 
 
 def _message(request: Request, pk: uuid.UUID) -> Message:
-    rows = Message.objects.visible_to(caller_of(request)).select_related("feedback")
+    rows = Message.objects.visible_to(caller_of(request)).select_related(*Message.BESIDE)
     found = rows.filter(pk=pk).first()
     if found is None:
         raise NotFound("There is no such message.")
@@ -303,17 +401,18 @@ class LoginView(auth_views.LoginView):
 
     def form_invalid(self, form: AuthenticationForm) -> HttpResponse:
         response = super().form_invalid(form)
-        response.status_code = 429 if form.has_error("__all__", "rate_limited") else 200
+        if form.has_error("__all__", "rate_limited"):
+            response.status_code = 429
+            response["Retry-After"] = str(getattr(form, "wait_s", 1))
+            told = form.errors.get("__all__", [""])[0]
+            page = _error_page(self.request, "rate_limited", 429, str(told), response)
+            page["Retry-After"] = response["Retry-After"]
+            return page
         return response
 
 
 class LogoutView(auth_views.LogoutView):
     """Django's: POST only."""
-
-
-def livez(request: HttpRequest) -> HttpResponse:
-    """The process answers; nothing else is asked."""
-    return HttpResponse("ok", content_type="text/plain")
 
 
 # --- Errors outside DRF --------------------------------------------------------------------------
@@ -322,7 +421,10 @@ def livez(request: HttpRequest) -> HttpResponse:
 def _error_page(
     request: HttpRequest, code: str, status: int, detail: str, page: HttpResponse
 ) -> HttpResponse:
-    if not request.path.startswith("/api/"):
+    """A problem for programs, and the page for people."""
+    accepts = request.headers.get("accept", "")
+    program = "json" in accepts and "text/html" not in accepts
+    if not program and not request.path.startswith(("/api/", "/v1")):
         return page
     body = wire.problem(code, status, detail, request)
     return JsonResponse(body, status=status, content_type="application/problem+json")
@@ -336,6 +438,17 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
 def not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
     page = defaults.page_not_found(request, exception)
     return _error_page(request, "not_found", 404, "There is nothing at this address.", page)
+
+
+def permission_denied(request: HttpRequest, exception: Exception) -> HttpResponse:
+    page = defaults.permission_denied(request, exception)
+    return _error_page(request, "permission_denied", 403, "This is not for you.", page)
+
+
+def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
+    page = csrf.csrf_failure(request, reason)
+    told = "The CSRF token is missing or wrong. Load the page again, or use a bearer token."
+    return _error_page(request, "permission_denied", 403, told, page)
 
 
 def server_error(request: HttpRequest) -> HttpResponse:

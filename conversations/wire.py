@@ -1,5 +1,5 @@
-"""How things look on the wire: events as WebSocket frames and SSE, rows as JSON, and the one table
-of errors. Pure mapping; nothing here reads the database or decides anything.
+"""How things look on the wire: events as WebSocket frames and SSE, rows as JSON, errors as
+problems. Pure mapping; nothing here reads the database or decides anything.
 """
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, Protocol, cast
@@ -21,35 +21,12 @@ from rest_framework.response import Response
 
 from assistant.errors import AssistantError, InvalidRequest
 from conversations.access import BodyTooLarge, loads
+from conversations.counting import Standing
+from conversations.errors import ERRORS
 from conversations.log import Completed, Created, Delta, Failed, TurnEvent
-from conversations.models import Conversation, Feedback, Message
+from conversations.models import Conversation, Feedback, HandOver, Message
 
-# --- The table of errors -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorRow:
-    """One kind of error: HTTP status and the type OpenAI's clients know."""
-
-    status: int
-    type: str
-
-
-#: code -> how it is told. Every code of every transport is here.
-ERRORS: dict[str, ErrorRow] = {
-    "invalid_request": ErrorRow(400, "invalid_request_error"),
-    "context_too_long": ErrorRow(400, "invalid_request_error"),
-    "unauthenticated": ErrorRow(401, "authentication_error"),
-    "permission_denied": ErrorRow(403, "permission_error"),
-    "not_found": ErrorRow(404, "not_found_error"),
-    "conflict": ErrorRow(409, "conflict_error"),
-    "rate_limited": ErrorRow(429, "rate_limit_error"),
-    "overloaded": ErrorRow(503, "overloaded_error"),
-    "model_unavailable": ErrorRow(503, "server_error"),
-    "generation_failed": ErrorRow(503, "server_error"),
-    "interrupted": ErrorRow(503, "server_error"),
-    "internal": ErrorRow(500, "server_error"),
-}
+# --- Errors --------------------------------------------------------------------------------------
 
 #: Why the server closes a socket.
 CLOSE_UNAUTHENTICATED, CLOSE_NOT_FOUND, CLOSE_LIMITED = 4401, 4404, 4429
@@ -71,6 +48,10 @@ def error_json(error: AssistantError) -> dict[str, Any]:
     }
 
 
+#: A path may be as long as a server lets it; it is told back only so far.
+_MAX_INSTANCE_CHARS = 500
+
+
 def problem(
     code: str, status: int, detail: str, request: Any, errors: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
@@ -82,7 +63,7 @@ def problem(
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "instance": getattr(request, "path", ""),
+        "instance": getattr(request, "path", "")[:_MAX_INSTANCE_CHARS],
         "request_id": getattr(request, "request_id", ""),
         "errors": errors,
         "error": {
@@ -107,6 +88,7 @@ class Told(exceptions.APIException):
         self.our_code = error.code
         self.wait = error.retry_after_s
         self.permanent = error.permanent
+        self.standings: Sequence[Standing] = getattr(error, "standings", ())
         self.param: str | None = getattr(error, "param", None)
 
 
@@ -143,7 +125,30 @@ class ProblemHandler(ExceptionHandler):
             # OpenAI's clients would try all of these again, soon, whatever they mean.
             again = not exc.permanent and (exc.wait or 0) <= MAX_RETRY_S
             headers["X-Should-Retry"] = "true" if again else "false"
+        if isinstance(exc, Told):
+            headers |= limit_headers(exc.standings, getattr(self.context["request"], "path", ""))
         return headers
+
+
+def limit_headers(standings: Sequence[Standing], path: str) -> dict[str, str]:
+    """How much the caller may still ask: of the limit that refused, or else of their requests.
+
+    As in the IETF's draft (draft-ietf-httpapi-ratelimit-headers-10); below ``/v1/`` also as
+    OpenAI's clients read it.
+    """
+    refused = [standing for standing in standings if standing.refused]
+    headers: dict[str, str] = {}
+    for at in (refused or [each for each in standings if each.limit.name == "chat"])[:1]:
+        name = at.limit.name
+        headers["RateLimit-Policy"] = f'"{name}";q={at.quota};w={at.limit.window_s}'
+        headers["RateLimit"] = f'"{name}";r={at.left};t={at.reset_s}'
+    if path.startswith("/v1/"):
+        for at in reversed(standings):  # of several token limits the shortest stays
+            kind = "requests" if at.limit.name == "chat" else "tokens"
+            headers[f"x-ratelimit-limit-{kind}"] = str(at.quota)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(at.left)
+            headers[f"x-ratelimit-reset-{kind}"] = f"{at.reset_s}s"
+    return headers
 
 
 class ProblemFormatter(ExceptionFormatter):
@@ -210,7 +215,23 @@ def message_json(message: Message) -> dict[str, Any]:
         "finish_reason": message.finish_reason,
         "error": error if message.error_code else None,
         "feedback": feedback_json(message),
+        "buttons": message.buttons,
+        "author": message.author or None,
+        "hand_over": hand_over_json(message),
         "created_at": time_json(message.created_at),
+    }
+
+
+def hand_over_json(message: Message) -> dict[str, Any] | None:
+    """How far the person is whom this answer asked for, if that was fetched with the row."""
+    asked: HandOver | None = message._state.fields_cache.get("hand_over")
+    if asked is None:
+        return None
+    return {
+        "status": str(asked.status),
+        "by": asked.by,
+        "created_at": time_json(asked.created_at),
+        "answered_at": time_json(asked.answered_at) if asked.answered_at else None,
     }
 
 
@@ -334,7 +355,14 @@ class EventStream:
 
 MAX_FRAME_BYTES = 16_384
 MAX_REF_CHARS = 100
-FRAME_TYPES = ("message.create", "message.retry", "message.cancel", "message.resume", "ping")
+#: Those that begin an answer, and whether they name the message they are about.
+ASKING = {
+    "message.create": False,
+    "message.retry": True,
+    "message.regenerate": True,
+    "message.edit": True,
+}
+FRAME_TYPES = (*ASKING, "message.cancel", "message.resume", "ping", "auth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +372,8 @@ class Frame:
     id: uuid.UUID | None = None
     after_seq: int = 0
     ref: str | None = None
+    idempotency_key: str | None = None
+    token: str = field(default="", repr=False)
 
 
 class BadFrame(InvalidRequest):
@@ -376,15 +406,27 @@ def _frame(found: dict[str, Any], ref: str | None) -> Frame:
     kind = found.get("type")
     if not isinstance(kind, str) or kind not in FRAME_TYPES:
         raise BadFrame(f"type must be one of {', '.join(FRAME_TYPES)}.", ref)
-    text, after_seq = found.get("text", ""), found.get("after_seq", 0)
-    if not isinstance(text, str):
-        raise BadFrame("text must be a string.", ref)
+    texts = {name: found.get(name, "") for name in ("text", "token")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise BadFrame(f"{name} must be a string.", ref)
+    key = found.get("idempotency_key")
+    if key is not None and not isinstance(key, str):
+        raise BadFrame("idempotency_key must be a string.", ref)
+    if key is not None and kind not in ASKING.keys() - {"message.retry"}:
+        raise BadFrame(f"{kind} takes no idempotency_key: done twice, it is the same.", ref)
+    after_seq = found.get("after_seq", 0)
     if not isinstance(after_seq, int) or isinstance(after_seq, bool) or after_seq < 0:
         raise BadFrame("after_seq must be a whole number of at least 0.", ref)
-    identity = None
-    if kind == "message.retry":
-        try:
-            identity = uuid.UUID(str(found.get("id")))
-        except ValueError:
-            raise BadFrame("id must be the id of an answer.", ref) from None
-    return Frame(kind, text, identity, after_seq, ref)
+    named = _named(kind, found.get("id"), ref)
+    return Frame(kind, texts["text"], named, after_seq, ref, key, texts["token"])
+
+
+def _named(kind: str, given: object, ref: str | None) -> uuid.UUID | None:
+    """The message a frame is about: some must say, a new question has none."""
+    if kind == "message.create" or (given is None and not ASKING.get(kind)):
+        return None
+    try:
+        return uuid.UUID(str(given))
+    except ValueError:
+        raise BadFrame("id must be the id of a message.", ref) from None

@@ -30,8 +30,8 @@ Floats = NDArray[np.float64]
 _NUMBER = re.compile(r"\d+")
 #: Letters at a word's beginning that stand for all its forms: cancel, cancelled, cancelling.
 _STEM = 5
-#: Added to every count, and how much a difference of one in the score says: chosen among
-#: 0.1..0.6 and 1..6, by the shipped wordings in five folds and by what is right on development rows.
+#: Added to every count, and how much a difference of one in the score says: chosen among 0.1..0.6
+#: and 1..6, by the shipped wordings in five folds and by what is right on development rows.
 _ALPHA, _SHARPNESS = 0.3, 1.5
 #: A heap of few sentences counts as this many times larger, at most.
 _MOST_WEIGHT = 4.0

@@ -111,7 +111,7 @@ class TrainConfig:
         No teacher either: the projection to its space is not kept with the weights.
         """
         stage = replace(ANSWERS, unlabelled=0.0, answered=0.9)
-        return replace(self, learning_rate=5e-4, stages=(stage,)).without_teacher()
+        return replace(self, learning_rate=5e-4, dropout=0.0, stages=(stage,)).without_teacher()
 
     def without_teacher(self) -> TrainConfig:
         return replace(self, teach_weight=0.0, soft_weight=0.0)

@@ -13,7 +13,7 @@ from django.test import RequestFactory
 
 PAGES = (
     *("conversations/chat.html", "conversations/login.html", "conversations/tokens.html"),
-    *("404.html", "403.html", "500.html"),
+    *("conversations/data.html", "404.html", "403.html", "500.html"),
 )
 
 

@@ -166,7 +166,7 @@ def test_rules_and_reviewed_answers_are_edited_in_the_admin(sam):
     sam.is_superuser = True
     sam.save()
     client = signed_in(sam)
-    assert answers.known().rules == ()
+    assert not answers.known().rules
     form = {"name": "r", "patterns": '["cancel"]', "answer": "So.", "priority": 0, "active": "on"}
     assert client.post("/admin/fallback/rule/add/", form).status_code == 302
     assert [rule.name for rule in answers.known().rules] == ["r"]

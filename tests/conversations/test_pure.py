@@ -6,7 +6,7 @@ import pytest
 
 from assistant.errors import ContextTooLong, InvalidRequest, RateLimited
 from assistant.types import Message
-from conversations import history, limits, markdown
+from conversations import counting, history, limits, markdown
 from conversations.limits import Caller, client_address
 
 
@@ -178,7 +178,7 @@ def test_without_its_cache_the_limit_is_stricter_and_never_absent(failure, setti
             raise ConnectionError("redis is away")
         return {"count": 0, "limit": 0, "should_limit": True, "time_left": -1}
 
-    monkeypatch.setattr(limits, "get_usage", away)
+    monkeypatch.setattr(counting, "get_usage", away)
     settings.ASSISTANT_RATE = "20/h"
     for _ in range(5):
         limits.take(Caller(1))

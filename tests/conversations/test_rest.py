@@ -9,6 +9,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
+from conversations import turn
 from conversations.models import Conversation, Message
 from tests.conversations.conftest import API, Api, assert_problem
 
@@ -51,6 +52,9 @@ def test_a_question_gets_the_whole_answer(api, conversation):
         "finish_reason": "stop",
         "error": None,
         "feedback": None,
+        "buttons": [],
+        "author": None,
+        "hand_over": None,
     }
     stored = conversation.messages.order_by("seq")
     assert [(row.role, row.text) for row in stored] == [
@@ -103,8 +107,11 @@ def test_the_number_of_statements_does_not_grow_with_the_history(
         ask()
 
 
-def test_an_answer_that_breaks_off_is_returned_as_failed_with_its_text(api, conversation):
-    body = api("POST", messages_of(conversation), {"text": "/echo error=1 one two"}).json()
+def test_an_answer_that_breaks_off_is_returned_as_failed_with_its_text(
+    api, conversation, monkeypatch
+):
+    monkeypatch.setattr(turn, "MAX_ANSWER_CHARS", 2)
+    body = api("POST", messages_of(conversation), {"text": "/echo delay=0.05 one two"}).json()
     assert (body["status"], body["text"]) == ("failed", "one")
     assert body["error"]["code"] == "generation_failed"
 

@@ -12,6 +12,7 @@ from channels.testing import WebsocketCommunicator
 from django.contrib.auth.models import User
 
 from config.asgi import application
+from conversations import turn
 from conversations.models import Conversation, Message
 from conversations.running import running
 
@@ -173,13 +174,17 @@ async def test_resuming_where_nothing_was_asked_is_a_typed_error(conversation, c
     assert (told["type"], told["error"]["code"], told["ref"]) == ("error", "not_found", "x")
 
 
-async def test_an_answer_that_breaks_off_says_so_and_can_be_tried_again(conversation, cookie):
+async def test_an_answer_that_breaks_off_says_so_and_can_be_tried_again(
+    conversation, cookie, monkeypatch
+):
     async with Chat(conversation, cookie) as chat:
-        await chat.send(type="message.create", text="/echo error=2 one two three")
+        monkeypatch.setattr(turn, "MAX_ANSWER_CHARS", 6)
+        await chat.send(type="message.create", text="/echo delay=0.05 one two three")
         failed = (await chat.until(*ENDS))[-1]
         assert failed["type"] == "message.failed"
         assert failed["error"]["code"] == failed["message"]["error"]["code"] == "generation_failed"
         assert (failed["message"]["status"], failed["message"]["text"]) == ("failed", "one two")
+        monkeypatch.undo()
         await Message.objects.filter(role="user").aupdate(text="one two three")
         await chat.send(type="message.retry", id=failed["message"]["id"], ref="again")
         created, *_, completed = await chat.until(*ENDS)

@@ -16,8 +16,9 @@ from django.contrib.auth.models import User
 from django.test import AsyncClient
 
 from config.asgi import application
-from conversations import consumers, wire
+from conversations import consumers, turn, wire
 from conversations.models import Conversation, Message
+from fallback.router import INTERRUPTED
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -76,11 +77,20 @@ async def test_text_cannot_forge_an_event(conversation, token):
     assert set(types) == {"message.created", "message.delta", "message.completed"}
 
 
-async def test_a_failure_after_the_first_delta_is_an_event(conversation, token):
-    *_, failed = await events_of(await ask(conversation, token, "/echo error=1 one two"))
+async def test_a_failure_after_the_first_delta_is_an_event(conversation, token, monkeypatch):
+    monkeypatch.setattr(turn, "MAX_ANSWER_CHARS", 3)
+    *_, failed = await events_of(await ask(conversation, token, "/echo delay=0.05 one two"))
     assert failed["type"] == "message.failed"
     assert failed["error"]["code"] == "generation_failed"
-    assert failed["message"]["text"] == "one"
+    assert failed["message"]["text"].startswith("one")
+
+
+async def test_a_model_that_breaks_after_its_first_words_is_continued(conversation, token):
+    *_, ended = await events_of(await ask(conversation, token, "/echo error=1 one two"))
+    assert ended["type"] == "message.completed"
+    broken, _, sure = ended["message"]["text"].partition(INTERRUPTED)
+    assert broken == "one" and "support team" in sure
+    assert (ended["message"]["route"], ended["message"]["degraded_reason"]) == ("human", "error")
 
 
 async def test_a_refused_question_is_a_problem_before_any_byte_of_a_stream(conversation, token):

@@ -35,6 +35,9 @@ class FakeRunner:
     def __init__(self, vocab_size: int = 64) -> None:
         self.vocab_size = vocab_size
         self.token_bytes = 8
+        self.width = 4
+        #: Those of ``batches`` that were run for embeddings.
+        self.pooled: list[Batch] = []
         self.batches: list[Batch] = []
         #: (source, target, tokens) of each copy between slots.
         self.copies: list[tuple[int, int, int]] = []
@@ -88,6 +91,11 @@ class FakeRunner:
                 row = self.logprobs(context)
                 rows.append(np.full_like(row, np.nan) if self.poison in context else row)
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
+
+    def pool(self, batch: Batch) -> Floats:
+        """Some of the log-probabilities: they depend on the whole prompt."""
+        self.pooled.append(batch)
+        return self.step(batch)[:, : self.width]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         self.copies.append((source, target, tokens))

@@ -158,7 +158,8 @@ class Command(BaseCommand):
         )
         card = finish(
             model, found, facts.mask, options["out"], options["name"] or "support-en",
-            options["model_version"] or "0.1.0", progress=self._say,
+            options["model_version"] or "0.1.0", pairs=_pairs(options["data"]), golden=_golden(),
+            progress=self._say,
         )  # fmt: skip
         self.stdout.write(self.style.SUCCESS(f"built {card.parent}"))
 
@@ -224,6 +225,11 @@ def _refuse_uncalibratable(dev: dict[str, list[tuple[str, str]]]) -> None:
             f"The data has no development rows of the kind {', '.join(lacking)}, so a model could "
             "not be calibrated. The README says which public sets are needed."
         )
+
+
+def _pairs(data: Path) -> list[Path]:
+    """Pairs of questions that may share an answer, where the public sets have them."""
+    return sorted(data.glob("cache_pairs_*.jsonl.gz"))
 
 
 def _golden() -> list[Path]:

@@ -9,6 +9,9 @@
  * @property {string} id
  * @property {string} conversation
  * @property {number} seq
+ * @property {string | null} parent what it follows: an answer its question, a question the answer before
+ * @property {string[]} siblings all versions of it, oldest first; empty if there is one
+ * @property {boolean} shown false: a newer version stands in its place
  * @property {"user" | "assistant"} role
  * @property {string} text
  * @property {string} html
@@ -19,7 +22,12 @@
  * @property {number | null} ttft_ms
  * @property {WireError | null} error
  * @property {{value: "up" | "down"} | null} feedback
+ * @property {string | null} [author] the person of the staff who wrote it
+ * @property {{status: "waiting" | "taken" | "answered" | "closed", by: string} | null} [hand_over] how far
+ *   the person is whom this answer asked for
+ * @property {{label: string, text: string}[]} [buttons] what may be asked next, ready to press
  * @property {string} created_at
+ * @property {{position: number, seconds: number | null}} [waiting] its place in the queue, while it has one
  */
 /** @template T @typedef {{next: string | null, previous: string | null, results: T[]}} Page */
 
@@ -28,6 +36,7 @@ const ROOT = "/api/v1/";
 const TIMEOUT_MS = 20_000;
 /** Far above what a conversation holds; stops a server that always names a next page. */
 const MOST_PAGES = 50;
+const HITS_A_PAGE = 20;
 
 /** Anything that kept a request from being answered, in words a person can use. */
 export class ApiError extends Error {
@@ -69,12 +78,13 @@ export async function deleteConversation(id) {
   await request("DELETE", `conversations/${encodeURIComponent(id)}/`);
 }
 
-/** Every message, oldest first. @param {string} id @returns {Promise<Message[]>} */
-export async function listMessages(id) {
+/** Every message that is shown, oldest first; with `versions` those that were replaced too.
+ * @param {string} id @param {{versions?: boolean}} [how] @returns {Promise<Message[]>} */
+export async function listMessages(id, { versions = false } = {}) {
   /** @type {Message[]} */
   const all = [];
   /** @type {string | null} */
-  let path = `conversations/${encodeURIComponent(id)}/messages/`;
+  let path = `conversations/${encodeURIComponent(id)}/messages/${versions ? "?siblings=1" : ""}`;
   for (let pages = 0; path && pages < MOST_PAGES; pages += 1) {
     /** @type {Page<Message>} */
     const page = await json("GET", path);
@@ -104,6 +114,38 @@ export async function giveFeedback(id, value) {
 export function postQuestion(conversation, text, signal) {
   const path = `conversations/${encodeURIComponent(conversation)}/messages/`;
   return request("POST", path, { text, stream: true }, { signal, accept: "text/event-stream" });
+}
+
+/**
+ * The event stream of another answer, or of the question put differently.
+ * @param {string} id of the answer, or of the question @param {string | null} text null: another answer
+ * @param {AbortSignal} signal @returns {Promise<Response>}
+ */
+export function postVersion(id, text, signal) {
+  const path = `messages/${encodeURIComponent(id)}/${text === null ? "regenerate" : "edit"}/`;
+  const body = text === null ? { stream: true } : { text, stream: true };
+  return request("POST", path, body, { signal, accept: "text/event-stream" });
+}
+
+/** One's own messages with these words, newest first.
+ * @param {string} words @param {AbortSignal} signal @param {string | null} [nextPage]
+ * @returns {Promise<Page<Message>>} */
+export async function searchMessages(words, signal, nextPage) {
+  const query = new URLSearchParams({ search: words, page_size: String(HITS_A_PAGE) });
+  const path = nextPage ? samePath(nextPage) : `messages/?${query}`;
+  return (await request("GET", path, undefined, { signal })).json();
+}
+
+/** One's own conversations with these words in the title or a message.
+ * @param {string} words @param {AbortSignal} signal @returns {Promise<Page<Conversation>>} */
+export async function searchConversations(words, signal) {
+  const query = new URLSearchParams({ search: words });
+  return (await request("GET", `conversations/?${query}`, undefined, { signal })).json();
+}
+
+/** Where a conversation can be downloaded. @param {string} id @param {"md" | "json"} format */
+export function exportPath(id, format) {
+  return `${ROOT}conversations/${encodeURIComponent(id)}/export/?format=${format}`;
 }
 
 /** @param {string} method @param {string} path @param {object} [body] @returns {Promise<any>} */

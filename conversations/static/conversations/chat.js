@@ -4,11 +4,14 @@
 
 import { ApiError } from "./api.js";
 import { draftOf, dropDrafts, keepDraft } from "./drafts.js";
+import { Editor } from "./editor.js";
 import { Follower, showTheme, toggleTheme } from "./look.js";
 import { copy, countDown, MessageList } from "./messages.js";
+import { Search } from "./search.js";
 import { Session } from "./session.js";
-import { showDrawer, Sidebar, UNTITLED } from "./sidebar.js";
-import { errorWords } from "./words.js";
+import { showDrawer, Sidebar, UNTITLED, walkMenu } from "./sidebar.js";
+import { versionBeside } from "./versions.js";
+import { errorWords, queueWords } from "./words.js";
 
 /** @typedef {import("./api.js").Message} Message */
 /** @typedef {import("./api.js").WireError} WireError */
@@ -23,6 +26,8 @@ const COUNT_FROM = 0.8;
 const NOTICE_AFTER_MS = 1_000;
 /** A page hidden for longer looks what other tabs did. */
 const AWAY_MS = 20_000;
+/** While a person is awaited; their answer comes over the socket, unless that has no way to tell. */
+const LOOK_FOR_PERSON_MS = 15_000;
 const MOST_ANNOUNCED_CHARS = 1_500;
 
 const field = /** @type {HTMLTextAreaElement} */ (byId("composer-text"));
@@ -41,6 +46,14 @@ const sidebar = new Sidebar({
   failed: (error) => notify(errorWords(asWire(error))),
 });
 
+const search = new Search(name, {
+  open: (hit) => void openHit(hit),
+  left: () => focusField(),
+  announce: (text) => announce(text),
+  words: (error) => errorWords(asWire(error)),
+});
+const editor = new Editor(MAX_CHARS, (message, text) => replace(message, text));
+
 /** Conversations that are shown or still being answered, by id. @type {Map<string, Session>} */
 const kept = new Map();
 const follower = new Follower();
@@ -52,6 +65,8 @@ let blockedUntil = 0;
 let stopNotice = () => {};
 /** @type {number | undefined} */
 let lineTimer;
+/** The answer whose place in the queue was read out. */
+let toldToWait = "";
 
 // --- What sessions tell ---------------------------------------------------------------------------
 
@@ -59,7 +74,7 @@ let lineTimer;
 const view = {
   reset: (one) => {
     if (one !== session) return;
-    log.reset(one.messages);
+    log.reset(one.shown);
     showPlace();
   },
   put: (one, message, before) => {
@@ -75,6 +90,11 @@ const view = {
     announce(spoken(message));
     if (document.activeElement === byId("stop") || document.activeElement === document.body) focusField();
   },
+  waiting: (one, message) => {
+    if (one !== session || !message.waiting || toldToWait === message.id) return;
+    toldToWait = message.id; // once; a voice that counts down would be a nuisance
+    announce(queueWords(message.waiting));
+  },
   accepted: (one) => {
     keepDraft("new", "");
     if (one.id) keepDraft(one.id, "");
@@ -86,6 +106,7 @@ const view = {
     saveDraft();
   },
   refused: (one, error, text) => {
+    if (one === session) editor.release();
     if (one === session) refuse(error, text);
     else if (text) keepDraft(one.id ?? "new", text);
   },
@@ -106,7 +127,7 @@ let session = new Session(null, view);
 function spoken(message) {
   const { code = message.status, message: text = "" } = message.error ?? {};
   if (message.status === "failed" || message.status === "interrupted") return errorWords({ code, message: text });
-  return `${name}: ${log.wordsOf(message).slice(0, MOST_ANNOUNCED_CHARS)}`;
+  return `${message.author ?? name}: ${log.wordsOf(message).slice(0, MOST_ANNOUNCED_CHARS)}`;
 }
 
 /** A conversation that nobody looks at keeps its line only while it is being answered. @param {Session} one */
@@ -133,7 +154,7 @@ function show(next) {
   letGo(last);
   follower.follow();
   clearNotice();
-  log.reset(next.messages);
+  log.reset(next.shown);
   sidebar.select(next.id);
   showDrawer(false);
   restoreDraft();
@@ -166,8 +187,25 @@ function newChat({ push = true, replace = false } = {}) {
 
 function openAddress() {
   const id = /^\/c\/([^/]+)\/?$/.exec(location.pathname)?.[1];
-  if (id) openConversation(decodeURIComponent(id), { push: false });
-  else newChat({ push: false });
+  const message = /^#m-([0-9a-f-]+)$/.exec(location.hash)?.[1];
+  if (!id) newChat({ push: false });
+  else if (message) void openHit({ conversation: decodeURIComponent(id), message, words: "" }, { push: false });
+  else openConversation(decodeURIComponent(id), { push: false });
+}
+
+/** @param {import("./search.js").Hit} hit @param {{push?: boolean}} [how] */
+async function openHit({ conversation, message, words }, how) {
+  openConversation(conversation, how);
+  const one = session;
+  await one.ready;
+  if (one !== session || one.state !== "ready" || !message) return;
+  try {
+    const here = one.shown.some((known) => known.id === message) || (await one.showVersion(message));
+    follower.leave();
+    if (!here || !log.reveal(message, words)) notify("This message cannot be shown now.");
+  } catch (error) {
+    notify(errorWords(asWire(error)));
+  }
 }
 
 /** @param {Session} one */
@@ -178,7 +216,7 @@ function pathOf(one) {
 // --- What the page shows --------------------------------------------------------------------------
 
 function showPlace() {
-  const empty = session.messages.length === 0;
+  const empty = session.shown.length === 0;
   byId("problem").hidden = session.state !== "broken";
   byId("loading").hidden = session.state !== "loading";
   byId("empty").hidden = !empty || session.state === "loading" || session.state === "broken";
@@ -197,6 +235,8 @@ function showState() {
   byId("send").hidden = busy;
   byId("stop").hidden = !busy;
   byId("stop").disabled = stopping;
+  byId("log").classList.toggle("busy", busy);
+  byId("earlier").hidden = session.viewing === null;
   showPlace();
   showCounter();
   showLine();
@@ -237,6 +277,7 @@ function showProblem(error) {
   session.state = "broken";
   log.reset([]);
   session.messages = [];
+  session.viewing = null;
   showState();
   announce(box.querySelector("h2").textContent);
 }
@@ -281,11 +322,19 @@ function clearNotice() {
 
 function send() {
   const text = field.value.trim();
-  if (!text || session.busy || text.length > MAX_CHARS || Date.now() < blockedUntil) return;
-  if (session.state === "loading" || session.state === "broken") return;
+  if (!text || text.length > MAX_CHARS || !mayAsk()) return;
   keepDraft(session.draftKey, text); // until the server has it
-  clearNotice();
   setField("");
+  ask(text);
+}
+
+function mayAsk() {
+  return !session.busy && Date.now() >= blockedUntil && session.state !== "loading" && session.state !== "broken";
+}
+
+/** @param {string} text */
+function ask(text) {
+  clearNotice();
   follower.follow();
   void session.ask(text);
   showPlace();
@@ -328,12 +377,12 @@ function focusField() {
 // --- Drafts: what was typed outlives a reload, a failure and a change of conversation -----------------
 
 function saveDraft() {
-  if (session.pending || !draftRestored) return; // the question on its way is the draft
+  if (session.asking || !draftRestored) return; // the question on its way is the draft
   keepDraft(session.draftKey, field.value);
 }
 
 function restoreDraft() {
-  setField(session.pending ? "" : draftOf(session.draftKey));
+  setField(session.asking ? "" : draftOf(session.draftKey));
   draftRestored = true;
 }
 
@@ -369,15 +418,53 @@ function asWire(error) {
 /** @param {MouseEvent} event */
 function onLogClick(event) {
   const target = /** @type {Element} */ (event.target).closest("button");
-  const message = target && session.messages.find((one) => one.id === log.idOf(target));
+  const message = target && session.shown.find((one) => one.id === log.idOf(target));
   if (!target || !message) return;
   if (target.matches(".copy")) void copy(target, message.text);
   if (target.matches(".thumb")) void judge(message, target.dataset.value === "up" ? "up" : "down");
+  if (target.matches(".edit")) edit(message);
+  if (target.matches(".reply") && mayAsk()) ask(target.dataset.text ?? "");
+  if (target.matches(".versions button")) void turnTo(message, target.dataset.step === "1" ? 1 : -1);
+  if (target.matches(".again")) {
+    replace(message, null);
+    focusField();
+  }
   if (target.matches(".retry, .redo")) {
     follower.follow();
     session.retry(message);
     focusField();
   }
+}
+
+/** @param {Message} message @param {string | null} text null: another answer */
+function replace(message, text) {
+  clearNotice();
+  follower.follow();
+  session.replace(message, text);
+}
+
+/** @param {Message | undefined} question */
+function edit(question) {
+  const element = question && log.elementOf(question.id);
+  if (!element || session.busy || session.viewing) return;
+  const last = session.messages.findLast((one) => one.role === "user");
+  editor.open(element, question, last?.id === question.id);
+}
+
+/** Show the version beside. @param {Message} message @param {-1 | 1} step */
+async function turnTo(message, step) {
+  const id = versionBeside(message, step);
+  if (!id) return;
+  follower.leave();
+  try {
+    if (!(await session.showVersion(id))) return;
+  } catch (error) {
+    notify(errorWords(asWire(error)));
+    return;
+  }
+  log.focusArrow(id, step);
+  const place = message.siblings.indexOf(id) + 1;
+  announce(`Version ${place} of ${message.siblings.length}: ${log.wordsOf({ ...message, id }).slice(0, MOST_ANNOUNCED_CHARS)}`);
 }
 
 /** @param {Message} message @param {"up" | "down"} value */
@@ -393,20 +480,44 @@ async function judge(message, value) {
 
 /** @param {KeyboardEvent} event */
 function onKey(event) {
-  if (event.isComposing || event.defaultPrevented || byId("confirm").open) return;
+  if (event.isComposing || event.defaultPrevented || document.querySelector("dialog[open]")) return;
   if ((event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey && event.key.toLowerCase() === "k") {
     event.preventDefault();
     newChat();
   } else if (event.key === "Escape") {
+    if (document.querySelector(":popover-open")) return; // the browser closes it
     if (document.body.classList.contains("drawer")) showDrawer(false);
-    else if (byId("menu").matches(":popover-open")) return;
     else if (session.busy) stop();
-    else if (document.activeElement?.matches(".why")) field.focus();
-  }
+    else if (session.viewing) session.showNewest();
+    else if (document.activeElement?.matches(".why, .message")) field.focus();
+  } else if (!isTyping()) onLetter(event);
+}
+
+function isTyping() {
+  return document.activeElement?.matches("input, textarea, select") ?? false;
+}
+
+/** Keys that mean a letter while somebody types. @param {KeyboardEvent} event */
+function onLetter(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "/") openSearch();
+  else if (event.key === "?") byId("keys").showModal();
+  else return;
+  event.preventDefault();
+}
+
+function openSearch() {
+  if (getComputedStyle(byId("sidebar")).visibility === "hidden") showDrawer(true);
+  search.focus();
 }
 
 /** @param {KeyboardEvent} event */
 function onFieldKey(event) {
+  if (event.key === "ArrowUp" && !field.value && !event.shiftKey) {
+    event.preventDefault();
+    edit(session.messages.findLast((one) => one.role === "user"));
+    return;
+  }
   // 229: some browsers end a composition with an Enter that does not say so.
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
@@ -429,6 +540,10 @@ function onVisible() {
   }
 }
 let hiddenAt = Date.now();
+
+function lookForPerson() {
+  if (session.awaitsPerson && !session.busy && document.visibilityState === "visible") void session.sync();
+}
 
 function start() {
   byId("composer").addEventListener("submit", (/** @type {Event} */ event) => {
@@ -453,6 +568,14 @@ function start() {
   });
   byId("notice-close").addEventListener("click", clearNotice);
   byId("theme").addEventListener("click", toggleTheme);
+  byId("show-keys").addEventListener("click", () => byId("keys").showModal());
+  byId("newest").addEventListener("click", () => {
+    session.showNewest();
+    follower.follow();
+    focusField();
+  });
+  const account = byId("account-menu");
+  account.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => walkMenu(account, event));
   byId("title").addEventListener("dblclick", () => session.id && sidebar.rename(session.id));
   byId("open-sidebar").addEventListener("click", () => showDrawer(true));
   byId("close-sidebar").addEventListener("click", () => showDrawer(false));
@@ -469,6 +592,7 @@ function start() {
   document.addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onVisible);
   window.addEventListener("popstate", openAddress);
+  window.setInterval(lookForPerson, LOOK_FOR_PERSON_MS);
   window.addEventListener("online", showLine);
   window.addEventListener("offline", showLine);
   window.addEventListener("pagehide", saveDraft);

@@ -42,6 +42,11 @@ export class Follower {
     this.#showJump();
   }
 
+  /** Somewhere else is to be read. */
+  leave() {
+    this.#atBottom = false;
+  }
+
   #toBottom() {
     this.#scroller.scrollTop = this.#scroller.scrollHeight;
   }

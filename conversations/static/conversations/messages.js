@@ -2,7 +2,9 @@
 /* Messages as elements: made from the page's template, changed in place, never rebuilt while text
    streams in. Knows how a message looks; not where it comes from. */
 
-import { dayOf, errorWords, fullTimeOf, origin, timeOf } from "./words.js";
+import { markIn, unmark } from "./marks.js";
+import { versionBeside } from "./versions.js";
+import { dayOf, errorWords, fullTimeOf, origin, personWords, queueWords, timeOf } from "./words.js";
 
 /** @typedef {import("./api.js").Message} Message */
 
@@ -21,6 +23,7 @@ export class MessageList {
 
   /** Show exactly these. @param {Message[]} messages */
   reset(messages) {
+    unmark();
     const wanted = new Set(messages.map((message) => message.id));
     for (const [id, element] of this.#elements) {
       if (wanted.has(id)) continue;
@@ -55,6 +58,35 @@ export class MessageList {
     else target.append(text);
   }
 
+  /** @param {string} id */
+  elementOf(id) {
+    return this.#elements.get(id);
+  }
+
+  /** Go to a message and mark these words in it. @param {string} id @param {string} words
+   * @returns {boolean} whether it is on the page */
+  reveal(id, words) {
+    const element = this.#elements.get(id);
+    if (!element) return false;
+    element.scrollIntoView({ block: "center" });
+    element.classList.add("found");
+    element.tabIndex = -1;
+    element.focus({ preventScroll: true });
+    element.addEventListener("blur", () => element.classList.remove("found"), { once: true });
+    markIn(find(element, ".text"), words);
+    return true;
+  }
+
+  /** The arrow of a version that was just chosen, or the other one at the end of the row.
+   * @param {string} id @param {-1 | 1} step */
+  focusArrow(id, step) {
+    const element = this.#elements.get(id);
+    const arrows = [...(element?.querySelectorAll(".versions button") ?? [])];
+    const [wanted, other] = step < 0 ? arrows : arrows.reverse();
+    const arrow = /** @type {HTMLButtonElement} */ (wanted).disabled ? other : wanted;
+    /** @type {HTMLElement} */ (arrow).focus();
+  }
+
   /** What the reader sees of a message, in words. @param {Message} message */
   wordsOf(message) {
     const element = this.#elements.get(message.id);
@@ -72,7 +104,7 @@ export class MessageList {
     const copy = /** @type {DocumentFragment} */ (this.#template.content.cloneNode(true));
     const element = /** @type {HTMLElement} */ (copy.firstElementChild);
     element.classList.add(message.role);
-    find(element, ".who").textContent = message.role === "user" ? "You" : this.name;
+    find(element, ".who").textContent = message.role === "user" ? "You" : (message.author ?? this.name);
     const tip = find(element, ".tip");
     tip.id = `tip-${(tips += 1)}`;
     find(element, ".why").setAttribute("aria-describedby", tip.id);
@@ -106,7 +138,10 @@ function fill(element, message) {
   element.dataset.status = message.status;
   element.classList.toggle("waiting", streaming && !message.text);
   element.setAttribute("aria-busy", String(streaming));
+  find(element, ".queue").textContent = message.waiting ? queueWords(message.waiting) : "";
   fillText(find(element, ".text"), message);
+  find(element, ".person").textContent = personWords(message);
+  find(element, ".replies").replaceChildren(...(message.buttons ?? []).map(replyButton));
   fillCaption(element, message);
   fillTrouble(element, message);
 }
@@ -134,7 +169,32 @@ function fillCaption(element, message) {
   time.title = fullTimeOf(message.created_at);
   find(element, ".copy").hidden = !message.text;
   fillThumbs(element, message);
-  find(element, ".redo").hidden = message.status !== "stopped";
+  fillVersions(find(element, ".versions"), message);
+  const question = message.role === "user";
+  find(element, ".edit").hidden = !question || !message.shown;
+  find(element, ".again").hidden = question || !message.shown || message.status !== "complete" || Boolean(message.author);
+  find(element, ".redo").hidden = message.status !== "stopped" || !message.shown;
+}
+
+/** @param {HTMLElement} group @param {Message} message */
+function fillVersions(group, message) {
+  const at = message.siblings.indexOf(message.id) + 1;
+  group.hidden = message.siblings.length < 2;
+  find(group, ".place").textContent = `${at} / ${message.siblings.length}`;
+  group.setAttribute("aria-label", `Version ${at} of ${message.siblings.length}`);
+  for (const arrow of group.querySelectorAll("button")) {
+    arrow.disabled = versionBeside(message, arrow.dataset.step === "1" ? 1 : -1) === undefined;
+  }
+}
+
+/** @param {{label: string, text: string}} reply */
+function replyButton({ label, text }) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "button small reply";
+  button.dataset.text = text;
+  button.textContent = label;
+  return button;
 }
 
 /** @param {HTMLElement} element @param {Message} message */

@@ -4,6 +4,7 @@
 
 import { ApiError, createConversation, getConversation, giveFeedback, listMessages } from "./api.js";
 import { ChatStream } from "./stream.js";
+import { branchThrough } from "./versions.js";
 
 /** @typedef {import("./api.js").Message} Message */
 /** @typedef {import("./api.js").Conversation} Conversation */
@@ -16,11 +17,15 @@ import { ChatStream } from "./stream.js";
  *   different; `before` is the id it was shown under until now
  * @property {(session: Session, message: Message, text: string) => void} append
  * @property {(session: Session, message: Message) => void} finished
+ * @property {(session: Session, message: Message) => void} waiting the answer has a place in the queue
  * @property {(session: Session) => void} accepted the question is stored: forget the draft
  * @property {(session: Session, error: WireError, text: string) => void} refused nothing is stored
  * @property {(session: Session) => void} changed title, line or running state
  * @property {(session: Session, error: ApiError) => void} broken the conversation cannot be shown
  */
+
+/** @typedef {{ref: string, text: string, sent: boolean, replaces?: string}} Pending a question on its
+ * way, or a new version of the message that it replaces */
 
 /** While an answer is written, so much silence makes us look whether it still is. */
 const SILENCE_MS = 6_000;
@@ -31,15 +36,19 @@ const UNSENT = {
   code: "unsent",
   message: "The connection broke before your question arrived. It is back in the field.",
 };
+/** @type {WireError} */
+const UNCHANGED = { code: "unsent", message: "The connection broke. Nothing was changed; please try again." };
 
 export class Session {
   /** @type {Message[]} */ messages = [];
   /** @type {Conversation | null} */ conversation = null;
-  /** @type {{ref: string, text: string, sent: boolean} | null} */ pending = null;
+  /** @type {Message[] | null} the branch of an earlier version, while that is read */ viewing = null;
+  /** @type {Pending | null} */ pending = null;
   /** @type {"new" | "loading" | "ready" | "broken"} */ state = "new";
   /** @type {ChatStream | null} */ stream = null;
   /** @type {string} where its draft is kept */ draftKey;
   stopping = false;
+  /** Ends when what is stored has been fetched. */ ready = Promise.resolve();
   #lastSeq = 0;
   #heardAt = 0;
   #lost = false;
@@ -58,6 +67,21 @@ export class Session {
     return this.messages.find((message) => message.status === "streaming") ?? null;
   }
 
+  /** What is to be read: the conversation as it goes on, or an earlier version of it. */
+  get shown() {
+    return this.viewing ?? this.messages;
+  }
+
+  /** Whether a person was asked for who has not answered yet. */
+  get awaitsPerson() {
+    return this.messages.some(({ hand_over: asked }) => asked?.status === "waiting" || asked?.status === "taken");
+  }
+
+  /** Whether a question from the field is on its way. */
+  get asking() {
+    return this.pending !== null && !this.pending.replaces;
+  }
+
   get busy() {
     return this.pending !== null || this.running !== null;
   }
@@ -68,7 +92,12 @@ export class Session {
   }
 
   /** Fetch what is stored and join an answer that is being written. */
-  async load() {
+  load() {
+    this.ready = this.#load();
+    return this.ready;
+  }
+
+  async #load() {
     if (!this.id) return;
     this.state = "loading";
     this.view.changed(this);
@@ -95,6 +124,7 @@ export class Session {
 
   /** @param {string} text */
   async ask(text) {
+    this.showNewest();
     const ref = newRef();
     this.pending = { ref, text, sent: false };
     this.#showPending(ref, text);
@@ -138,6 +168,36 @@ export class Session {
     this.#startWatch();
   }
 
+  /** Another answer, or the question put differently; what stood there becomes an earlier version.
+   * @param {Message} message @param {string | null} text null: another answer */
+  replace(message, text) {
+    if (this.busy || !this.id) return;
+    this.pending = { ref: newRef(), text: "", sent: true, replaces: message.id };
+    this.#connect();
+    this.#startWatch();
+    this.stream?.replace(message.id, text, this.pending.ref);
+    this.view.changed(this);
+  }
+
+  /** Read the branch of one version. @param {string} id @returns {Promise<boolean>} whether it is there */
+  async showVersion(id) {
+    if (this.busy || !this.id) return false;
+    const live = this.messages.some((one) => one.id === id);
+    const branch = live ? null : branchThrough(await listMessages(this.id, { versions: true }), id);
+    if (this.busy || branch?.length === 0) return false;
+    this.viewing = branch;
+    this.view.reset(this);
+    this.view.changed(this);
+    return true;
+  }
+
+  showNewest() {
+    if (!this.viewing) return;
+    this.viewing = null;
+    this.view.reset(this);
+    this.view.changed(this);
+  }
+
   /** Judge an answer; the same again takes it back. @param {Message} message @param {"up" | "down"} value */
   async judge(message, value) {
     const before = message.feedback;
@@ -146,7 +206,7 @@ export class Session {
     try {
       await giveFeedback(message.id, next);
     } catch (error) {
-      const now = this.messages.find((one) => one.id === message.id);
+      const now = this.shown.find((one) => one.id === message.id);
       if (now) this.#put({ ...now, feedback: before });
       throw error;
     }
@@ -175,6 +235,7 @@ export class Session {
     this.#heardAt = Date.now();
     if (frame.type === "error") return this.#onError(frame);
     if (frame.type === "message.created") return this.#onCreated(frame);
+    if (frame.type === "status") return this.#onStatus(frame);
     // Replayed and known. An end without a log (it came before we did) has the number 0.
     if (frame.seq && frame.seq <= this.#lastSeq) return;
     this.#lastSeq = frame.seq || this.#lastSeq;
@@ -190,12 +251,32 @@ export class Session {
     if (conversation) this.conversation = conversation;
     const mine = this.pending !== null && (!ref || ref === this.pending.ref);
     const before = mine ? this.pending?.ref : undefined;
+    this.#makeRoom(asked ?? message);
     if (asked) this.#put(asked, before && `q-${before}`);
     this.#put(message, before && `a-${before}`);
     if (mine) this.#accept();
     this.view.changed(this);
     this.#startWatch();
     if (this.stopping) void this.#cancel();
+  }
+
+  /** A new version takes the place of the one before, and of all that followed it.
+   * @param {Message} fresh */
+  #makeRoom({ id, siblings }) {
+    const at = this.messages.findIndex((one) => one.id !== id && siblings.includes(one.id));
+    if (at < 0 && !this.viewing) return;
+    if (at >= 0) this.messages = this.messages.slice(0, at);
+    this.viewing = null;
+    this.view.reset(this);
+  }
+
+  /** @param {Frame} frame */
+  #onStatus({ position, eta_ms: eta = null }) {
+    const message = this.running;
+    if (!message || message.text || !position) return;
+    const waiting = { position, seconds: eta === null ? null : Math.ceil(eta / 1000) };
+    this.#put({ ...message, waiting });
+    this.view.waiting(this, { ...message, waiting });
   }
 
   /** @param {Frame} frame */
@@ -210,9 +291,12 @@ export class Session {
   #onEnd({ message, error }) {
     if (!message) return;
     const ended = error ? { ...message, error } : message;
-    this.stopping = false;
+    const known = this.messages.find((one) => one.id === ended.id);
+    // A person may answer, or be on the way, while something else is being written.
+    if (!this.running || this.running.id === ended.id) this.stopping = false;
     this.#put(ended);
-    this.view.finished(this, ended);
+    if (!known || known.status === "streaming") this.view.finished(this, ended);
+    if (this.viewing) this.view.reset(this);
     this.view.changed(this);
   }
 
@@ -316,10 +400,9 @@ export class Session {
 
   /** @param {Message} message @param {string} [before] */
   #put(message, before) {
-    const at = this.messages.findIndex((one) => one.id === message.id || one.id === before);
-    if (at < 0) this.messages.push(message);
-    else this.messages[at] = message;
-    this.view.put(this, message, before);
+    const inEarlier = this.viewing !== null && replaceIn(this.viewing, message, before);
+    if (!replaceIn(this.messages, message, before) && !inEarlier) this.messages.push(message);
+    if (!this.viewing || inEarlier) this.view.put(this, message, before);
   }
 
   /** The question did not get in: take it off the page and hand its text back.
@@ -342,10 +425,13 @@ export class Session {
     const pending = this.pending;
     this.messages = stored;
     if (pending) {
-      const isIt = (/** @type {Message} */ one) => one.role === "user" && one.text === pending.text;
+      const { replaces, text } = pending;
+      const isIt = (/** @type {Message} */ one) =>
+        replaces ? one.siblings.includes(replaces) : one.role === "user" && one.text === text;
       if (stored.some((one) => !known.has(one.id) && isIt(one))) this.#accept();
-      else this.#refuse(UNSENT);
+      else this.#refuse(replaces ? UNCHANGED : UNSENT);
     }
+    for (const one of stored) if (one.author && !known.has(one.id)) this.view.finished(this, one);
     const running = this.running;
     if (!running) this.#settle(ours);
     else if (!this.stream?.bySse) this.#rewind(running, ours);
@@ -377,11 +463,19 @@ export class Session {
   }
 }
 
+/** @param {Message[]} messages @param {Message} message @param {string} [before] the id it had
+ * @returns {boolean} whether it was there */
+function replaceIn(messages, message, before) {
+  const at = messages.findIndex((one) => one.id === message.id || one.id === before);
+  if (at >= 0) messages[at] = message;
+  return at >= 0;
+}
+
 /** @param {string} id @param {"user" | "assistant"} role @param {number} seq @param {string} text
  * @returns {Message} */
 function local(id, role, seq, text) {
   return {
-    id, role, seq, text, conversation: "", html: "", route: "", degraded_reason: "",
+    id, role, seq, text, parent: null, siblings: [], shown: true, conversation: "", html: "", route: "", degraded_reason: "",
     status: role === "user" ? "complete" : "streaming", confidence: null, ttft_ms: null, error: null,
     feedback: null,
     created_at: new Date().toISOString(),

@@ -2,7 +2,7 @@
 /* The list of conversations: grouped by age, renamed in place, deleted after a question; a drawer
    on phones. Knows addresses of pages, not what a conversation holds. */
 
-import { deleteConversation, listConversations, renameConversation } from "./api.js";
+import { deleteConversation, exportPath, listConversations, renameConversation } from "./api.js";
 import { ageOf } from "./words.js";
 
 /** @typedef {import("./api.js").Conversation} Conversation */
@@ -34,6 +34,8 @@ export class Sidebar {
     this.#list.addEventListener("click", (event) => this.#onClick(event));
     this.#list.addEventListener("dblclick", (event) => this.#onDoubleClick(event));
     this.#list.addEventListener("keydown", (event) => this.#onKey(event));
+    for (const one of this.#menu.querySelectorAll("a")) one.addEventListener("click", () => this.#menu.hidePopover());
+    this.#menu.addEventListener("keydown", (event) => walkMenu(this.#menu, event));
     byId("menu-rename").addEventListener("click", () => this.#fromMenu((id) => this.rename(id)));
     byId("menu-delete").addEventListener("click", () => this.#fromMenu((id) => void this.#delete(id)));
   }
@@ -146,6 +148,8 @@ export class Sidebar {
   #showMenu(button, id) {
     this.#chosen = id;
     this.#menu.showPopover();
+    byId("menu-markdown").href = exportPath(id, "md");
+    byId("menu-json").href = exportPath(id, "json");
     const at = button.getBoundingClientRect();
     const left = Math.min(at.left, innerWidth - this.#menu.offsetWidth - 8);
     const below = at.bottom + 4 + this.#menu.offsetHeight < innerHeight;
@@ -221,6 +225,15 @@ export class Sidebar {
     this.#draw();
     this.actions.deleted(id);
   }
+}
+
+/** Arrows move in a menu. @param {HTMLElement} menu @param {KeyboardEvent} event */
+export function walkMenu(menu, event) {
+  if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
+  const items = /** @type {HTMLElement[]} */ ([...menu.querySelectorAll("a, button")]);
+  const at = items.findIndex((one) => one === document.activeElement);
+  items[(at + (event.key === "ArrowDown" ? 1 : -1) + items.length) % items.length].focus();
+  event.preventDefault();
 }
 
 /** @param {string} text @returns {Promise<boolean>} */

@@ -3,7 +3,7 @@
    are blocked, server-sent events over fetch. Frames go out and come in the same way in both cases;
    what they mean is not known here. */
 
-import { ApiError, cancelMessage, postQuestion } from "./api.js";
+import { ApiError, cancelMessage, postQuestion, postVersion } from "./api.js";
 
 /** @typedef {import("./api.js").Message} Message */
 /** @typedef {import("./api.js").Conversation} Conversation */
@@ -19,6 +19,8 @@ import { ApiError, cancelMessage, postQuestion } from "./api.js";
  * @property {Message | null} [user_message]
  * @property {Conversation} [conversation]
  * @property {WireError} [error]
+ * @property {number} [position] in the queue, 1: next
+ * @property {number | null} [eta_ms]
  */
 /** @typedef {"connecting" | "open" | "waiting" | "closed"} LineState */
 /**
@@ -106,6 +108,12 @@ export class ChatStream {
     if (this.bySse) return false;
     this.#send({ type: "message.retry", id });
     return true;
+  }
+
+  /** Another answer (`text` null) or a question put differently; only HTTP knows these, the socket
+   * does not. @param {string} id @param {string | null} text @param {string} ref */
+  replace(id, text, ref) {
+    void this.#read((signal) => postVersion(id, text, signal), ref);
   }
 
   /** @param {string} id */
@@ -246,12 +254,17 @@ export class ChatStream {
   // --- server-sent events -------------------------------------------------------------------
 
   /** @param {string} text @param {string} ref */
-  async #askBySse(text, ref) {
+  #askBySse(text, ref) {
+    return this.#read((signal) => postQuestion(this.conversation, text, signal), ref);
+  }
+
+  /** @param {(signal: AbortSignal) => Promise<Response>} post @param {string} ref */
+  async #read(post, ref) {
     this.#request = new AbortController();
     const signal = this.#request.signal;
     let ended = false;
     try {
-      const response = await postQuestion(this.conversation, text, signal);
+      const response = await post(signal);
       for await (const frame of eventsOf(response)) {
         ended ||= frame.type === "message.completed" || frame.type === "message.failed";
         this.listener.onFrame({ ref, ...frame });

@@ -7,12 +7,12 @@
 
 /** @type {Record<string, string>} */
 const ROUTES = {
-  model: "Inhouse model",
+  model: "Assistant's model",
   reviewed: "Reviewed answer",
   cache: "Saved answer",
   upstream: "Cloud model",
   rules: "Rule",
-  human: "Please ask a person",
+  human: "The way to a person",
 };
 /** @type {Record<string, string>} */
 const ROUTE_TIPS = {
@@ -26,6 +26,7 @@ const ROUTE_TIPS = {
 /** Reason: the few words in the caption, and the sentence behind it. @type {Record<string, [string, string]>} */
 const REASONS = {
   low_confidence: ["model unsure", "The model was not sure enough of its own answer."],
+  caution: ["please check", "The model was fairly sure, but not quite; please check what it says."],
   out_of_scope: ["outside its topics", "The question seems to be about something this assistant was not made for."],
   overload: ["model busy", "Too many people were asking at once, so the model was not waited for."],
   timeout: ["model too slow", "The model took too long to begin."],
@@ -53,6 +54,7 @@ const ERRORS = {
  */
 export function origin(message) {
   const [short, reason] = REASONS[message.degraded_reason] ?? [message.degraded_reason, ""];
+  if (message.author) return { label: `A person: ${message.author}`, tip: "Written by a member of staff, for you." };
   const parts = [ROUTES[message.route] ?? message.route];
   const tips = [ROUTE_TIPS[message.route] ?? "", reason];
   if (short) parts.push(short);
@@ -67,6 +69,18 @@ export function origin(message) {
   }
   if (message.status === "stopped") parts.push("stopped");
   return { label: parts.filter(Boolean).join(" · "), tip: tips.filter(Boolean).join(" ") };
+}
+
+/** What to do while a question waits. @param {{position: number, seconds: number | null}} place */
+export function queueWords({ position, seconds }) {
+  const where = position === 1 ? "Next in line" : `Place ${position} in line`;
+  return seconds === null ? `${where}.` : `${where}, about ${Math.max(1, seconds)} s.`;
+}
+
+/** How far the person is who was asked for; nothing once they answered. @param {Message} message */
+export function personWords({ hand_over: asked }) {
+  if (asked?.status === "waiting") return "A person from our team was asked. You can go on writing.";
+  return asked?.status === "taken" ? `Being looked at by ${asked.by}.` : "";
 }
 
 /** @param {WireError | null | undefined} error */
