@@ -221,22 +221,41 @@ def _answered_as(answer: Message) -> str | None:
 def _store_question(
     caller: Caller, conversation: Conversation | None, question: str, ask: Ask, once: Once | None
 ) -> Opened:
-    """Question and empty answer, in order and together. Raises: Conflict, NotFound."""
+    """Question and empty answer, in order and together. Raises: Conflict, NotFound.
+
+    That no other answer is being written is a constraint, which costs no statement: only when it
+    is hurt is a writer looked for that died.
+    """
     try:
-        with transaction.atomic():
-            held = _held(caller, conversation, question)
-            before = held.messages.on_the_page().order_by("-seq").first()
-            asked = _question(held, before, question)
-            claim(asked, once)
-            answer = _empty_answer(asked)
-            Message.objects.bulk_create([asked, answer])
+        held, asked, answer = _stored_question(caller, conversation, question, once)
     except IntegrityError:
-        raise _busy() from None
+        if conversation is None or not conversation.messages.reap():
+            raise _busy() from None
+        try:
+            held, asked, answer = _stored_question(caller, conversation, question, once)
+        except IntegrityError:
+            raise _busy() from None
     return Opened(held, asked, answer, ask)
 
 
-def _question(held: Conversation, after: Message | None, text: str) -> Message:
-    last = held.messages.order_by("-seq").values_list("seq", flat=True).first() or 0
+def _stored_question(
+    caller: Caller, conversation: Conversation | None, question: str, once: Once | None
+) -> tuple[Conversation, Message, Message]:
+    """Raises: IntegrityError, Conflict, NotFound; then nothing is stored."""
+    with transaction.atomic():
+        held = _held(caller, conversation, question)
+        last = held.messages.order_by("-seq").only("seq", "shown").first()
+        before = last
+        if last is not None and not last.shown:
+            before = held.messages.on_the_page().order_by("-seq").first()
+        asked = _question(held, before, question, last.seq if last else 0)
+        claim(asked, once)
+        answer = _empty_answer(asked)
+        Message.objects.bulk_create([asked, answer])
+    return held, asked, answer
+
+
+def _question(held: Conversation, after: Message | None, text: str, last: int) -> Message:
     return Message(conversation=held, seq=last + 1, parent=after, role="user", text=text)
 
 
@@ -252,7 +271,7 @@ def _empty_answer(asked: Message, seq: int | None = None) -> Message:
 
 
 def _held(caller: Caller, conversation: Conversation | None, question: str) -> Conversation:
-    """The conversation, locked and free for an answer; a new one if there was none."""
+    """The conversation, locked; a new one if there was none."""
     title = " ".join(question.split())[:TITLE_CHARS]
     if conversation is None:
         return Conversation.objects.create(
@@ -261,9 +280,6 @@ def _held(caller: Caller, conversation: Conversation | None, question: str) -> C
     held = Conversation.objects.select_for_update().filter(pk=conversation.pk).first()
     if held is None:
         raise NotFound("This conversation does not exist any more.")
-    held.messages.reap()
-    if held.messages.filter(status=Message.Status.STREAMING).exists():
-        raise _busy()
     held.title = held.title or title
     held.updated_at = timezone.now()
     held.save(update_fields=["title", "updated_at"])
@@ -313,13 +329,17 @@ def _store_version(
     try:
         with transaction.atomic():
             held = _held(caller, message.conversation, text or "")
+            held.messages.reap()
+            if held.messages.filter(status=Message.Status.STREAMING).exists():
+                raise _busy()
             rows = held.messages.on_the_page().filter(seq__gte=message.seq)
             if not rows.filter(pk=message.pk).exists():
                 raise _busy()  # replaced meanwhile, by another tab
             _link(held)
             rows.update(shown=False)
             message.refresh_from_db(fields=["parent"])
-            new = _question(held, message.parent, text or "")
+            last = held.messages.order_by("-seq").values_list("seq", flat=True)[0]
+            new = _question(held, message.parent, text or "", last)
             if text is None:
                 new = _empty_answer(_question_of(message), new.seq)
             claim(new, once)
