@@ -52,29 +52,29 @@ def test_the_card_names_data_licences_figures_and_limits() -> None:
 #: What the model that ships must reach on the golden set, by kind; ``all``: over every row. About
 #: two rows of a kind, or 0.02 of many, lie between the floor and what was measured.
 FLOORS: dict[str, dict[str, float]] = {
-    "all": {"intent_accuracy": 0.57, "scope_auroc": 0.92, "coverage": 0.15,
-            "placeholder_ok": 0.98, "well_ended": 0.99, "out_of_scope_found": 0.64},
-    "natural": {"intent_accuracy": 0.77, "scope_auroc": 0.94, "coverage": 0.55},
-    "rude": {"intent_accuracy": 0.50, "scope_auroc": 0.94},
-    "smalltalk": {"intent_accuracy": 0.87},
-    "turns": {"intent_accuracy": 0.75},
+    "all": {"intent_accuracy": 0.7, "scope_auroc": 0.94, "coverage": 0.33,
+            "placeholder_ok": 0.94, "well_ended": 0.98, "out_of_scope_found": 0.74},
+    "natural": {"intent_accuracy": 0.85, "scope_auroc": 0.94, "coverage": 0.82},
+    "rude": {"intent_accuracy": 0.7, "scope_auroc": 0.92},
+    "smalltalk": {"intent_accuracy": 0.61},
+    "turns": {"intent_accuracy": 0.74},
     "correction": {"intent_accuracy": 0.27},
-    "follow_up": {"intent_accuracy": 0.21},
-    "hand_over": {"intent_accuracy": 0.16},
-    "missing_number": {"intent_accuracy": 0.05},
-    "second_case": {"intent_accuracy": 0.05},
-    "topic_change": {"intent_accuracy": 0.37},
-    "injection": {"out_of_scope_found": 0.58, "scope_auroc": 0.92},
-    "out_of_scope": {"out_of_scope_found": 0.62, "scope_auroc": 0.91},
+    "follow_up": {"intent_accuracy": 0.57},
+    "hand_over": {"intent_accuracy": 0.57},
+    "missing_number": {"intent_accuracy": 0.27},
+    "second_case": {"intent_accuracy": 0.36},
+    "topic_change": {"intent_accuracy": 0.38},
+    "injection": {"out_of_scope_found": 0.57, "scope_auroc": 0.92},
+    "out_of_scope": {"out_of_scope_found": 0.74, "scope_auroc": 0.92},
 }  # fmt: skip
 #: And what it must not exceed.
 CEILINGS: dict[str, dict[str, float]] = {
-    "all": {"ece": 0.13, "turned_away": 0.08},
+    "all": {"ece": 0.1, "turned_away": 0.05},
     "natural": {"ece": 0.09, "turned_away": 0.03},
-    "rude": {"turned_away": 0.07},
-    "smalltalk": {"turned_away": 0.13},
+    "rude": {"turned_away": 0.15},
+    "smalltalk": {"turned_away": 0.26},
 }
-SEVERAL_TURNS_FLOOR = 0.37
+SEVERAL_TURNS_FLOOR = 0.55
 
 
 @pytest.fixture(scope="module")
