@@ -110,6 +110,8 @@ class HandOverAdmin(CheapList):
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
         """The conversation and the box below it; POST is one of its buttons."""
+        if not self.has_view_permission(request):
+            raise PermissionDenied
         asked = self.get_object(request, unquote(object_id))
         if asked is None:
             self.message_user(request, "This conversation was deleted.", messages.WARNING)

@@ -425,11 +425,24 @@ async def test_a_crash_fails_the_answers_being_written_and_the_next_one_works(
     worker = backend.engine._worker
     assert worker is not None
 
+    submitted = threading.Event()
+
     def crash(batch: Any) -> Any:
+        assert submitted.wait(PATIENCE_S)
         raise RuntimeError("a kernel fell over")
 
     worker.loaded.runner.step = crash  # type: ignore[method-assign]
-    failed = await asyncio.gather(*(events_of(backend) for _ in range(3)), return_exceptions=True)
+    submit, seen = worker.submit, []
+
+    def count(ticket: Any) -> bool:
+        seen.append(ticket)
+        return submit(ticket)
+
+    worker.submit = count  # type: ignore[method-assign]
+    reading = [asyncio.create_task(events_of(backend)) for _ in range(3)]
+    await until(lambda: len(seen) == 3)  # one that came later would start a new engine
+    submitted.set()
+    failed = await asyncio.gather(*reading, return_exceptions=True)
     for error in failed:
         assert isinstance(error, GenerationFailed), error
         assert error.retry_after_s is not None

@@ -270,7 +270,8 @@ def test_the_client_tries_again_as_told(server, token, caplog):
 
 
 def test_a_failure_after_the_first_word_is_an_error_of_the_stream(client):
-    stream = ask(client, "/echo delay=0.05 error=3 one two three four", stream=True)
+    text = "/echo delay=0.05 error=3 one two three four"
+    stream = ask(client, text, model="model", stream=True)  # alone: "local" would go on
     seen = []
     with pytest.raises(openai.APIError) as broken:
         for chunk in stream:
@@ -279,7 +280,7 @@ def test_a_failure_after_the_first_word_is_an_error_of_the_stream(client):
     assert broken.value.code == "generation_failed" and broken.value.type == "server_error"
     assert broken.value.message == "The echo was told to fail."
     with pytest.raises(openai.InternalServerError) as whole:
-        ask(client, "/echo error=3 one two three four")
+        ask(client, "/echo error=3 one two three four", model="model")
     assert (whole.value.status_code, whole.value.code) == (503, "generation_failed")
 
 
@@ -303,7 +304,7 @@ def test_a_wrong_token_is_an_authentication_error(server, key):
 
 def test_what_is_not_here_is_not_found_in_the_same_words(client):
     with pytest.raises(openai.NotFoundError) as absent:
-        client.embeddings.create(model="local", input="hello")
+        client.files.list()
     assert absent.value.code == "not_found"
 
 
@@ -385,7 +386,7 @@ class TestCurl:
         }
 
     def test_a_stream_that_breaks_ends_with_its_error_and_nothing_else(self, server, bearer):
-        more = {"messages": user("/echo error=1 one two"), "stream": True}
+        more = {"model": "model", "messages": user("/echo error=1 one two"), "stream": True}
         last = curl(server, "/v1/chat/completions", *bearer, **more).split("data: ")[-1]
         assert json.loads(last) == {
             "error": {
@@ -480,7 +481,7 @@ async def test_the_async_responses_helper_does_too(aclient):
 
 def test_a_response_that_breaks_raises(client):
     stream = client.responses.create(
-        model="local", input="/echo delay=0.05 error=2 one two three", stream=True
+        model="model", input="/echo delay=0.05 error=2 one two three", stream=True
     )
     seen = []
     with pytest.raises(openai.APIError) as broken:
@@ -520,9 +521,9 @@ def model_server(
 def test_the_bundled_model_answers_like_any_other(model_server, token):
     with openai.OpenAI(base_url=f"{model_server.http}/v1", api_key=token) as client:
         question = "how do I cancel order 48213377?"
-        whole = ask(client, question)
+        whole = ask(client, question, model="model")
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        chunks = list(ask(client, question, **streaming))
+        chunks = list(ask(client, question, model="model", **streaming))
         assert whole.model_extra["route"] == "model"
         assert whole.system_fingerprint.startswith("support-en@")
         assert text_of(chunks) == whole.choices[0].message.content
@@ -530,7 +531,9 @@ def test_the_bundled_model_answers_like_any_other(model_server, token):
         usage = chunks[-1].usage
         assert usage == whole.usage and usage.prompt_tokens > 4 and usage.completion_tokens > 8
         with_system = [{"role": "system", "content": "Talk like a pirate."}, *user(question)]
-        same = ask(client, question, messages=with_system)  # it was never taught to read one
+        same = ask(
+            client, question, model="model", messages=with_system
+        )  # it was never taught to read one
         assert same.choices[0].message.content == whole.choices[0].message.content
         assert same.usage.prompt_tokens == usage.prompt_tokens
         first = whole.choices[0].message.content.split()[3]

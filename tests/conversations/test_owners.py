@@ -245,7 +245,8 @@ def test_the_admin_shows_and_changes_nothing_without_permission(name, who, ids, 
                 or (name == "admin:logout")
             )
         elif who == "sam" and name.startswith("admin:conversations"):
-            assert reply.status_code in {403, 405}, (verb, name, reply.status_code)
+            gone = reply.status_code == 302 and reply["Location"] == "/admin/"  # no such row
+            assert gone or reply.status_code in {403, 405}, (verb, name, reply.status_code)
         assert reply.status_code < 500
     assert as_they_are() == before
 
