@@ -630,6 +630,8 @@ ASSISTANT: dict[str, Any] = {
     },
     # Dotted paths of functions (user) -> {"Order Number": ...}: what your product knows of a user.
     "FACT_FUNCTIONS": [],
+    # Whoever means this is answered, and a person is asked as well.
+    "HAND_OVER_INTENTS": ["contact_human_agent"],
     "EXAMPLES": [
         "How do I cancel my order?",
         "Where is my refund?",

@@ -251,7 +251,9 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
     async for event in events:
         if isinstance(event, Started):
             begun, reason = event, _judge(event, way.ask.policy.confidence_min, alone=alone)
-            yield Routed(called, reason or way.reason)
+            wanted = event.intent in settings.ASSISTANT["HAND_OVER_INTENTS"]
+            person = wanted and event.band != "out_of_scope"
+            yield Routed(called, reason or way.reason, hand_over=person)
         elif isinstance(event, Delta):
             parts.append(event.text)
         yield event

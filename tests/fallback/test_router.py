@@ -279,3 +279,10 @@ async def test_a_reviewed_answer_to_other_words_shows_nothing_personal():
     events = await events_of(question)
     assert events[0] == Routed("reviewed")
     assert "three days" not in text_of(events)
+
+
+async def test_who_asks_a_model_for_a_person_gets_its_answer_and_a_person(writing, settings):
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["cancel_order"]}
+    assert (await events_of(ask("a person please")))[0] == Routed("model", hand_over=True)
+    writing.band = "out_of_scope"
+    assert (await events_of(ask("weather please")))[0] == Routed("model", "out_of_scope")
