@@ -68,6 +68,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         self._watch: Watch | None = None
         self._seat: Seat | None = None
         self._turn: Turn | None = None
+        self._left: Turn | None = None
         self._reader: Reader | Stored | None = None
         self._follower: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[str | None] = asyncio.Queue(INBOX_FRAMES)
@@ -98,10 +99,9 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         return self._frames > MAX_FRAMES
 
     async def disconnect(self, code: int) -> None:
-        turn = self._turn
         await self._end(None)
-        if turn is not None:
-            await turn.settled(SETTLE_S)
+        if self._left is not None:
+            await self._left.settled(SETTLE_S)
 
     # -- the inbox
 
@@ -406,6 +406,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         if self._ended:
             return
         self._ended = True
+        self._left = self._turn  # a send that failed may end us before ``disconnect`` comes
         self._leave()
         if self._seat is not None:
             self._seat.leave()

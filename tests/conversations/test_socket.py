@@ -13,6 +13,7 @@ from django.contrib.auth.models import User
 
 from config.asgi import application
 from conversations import turn
+from conversations.consumers import ChatConsumer
 from conversations.models import Conversation, Message
 from conversations.running import running
 
@@ -365,6 +366,26 @@ async def test_a_client_that_vanishes_stops_its_answer_which_is_kept(conversatio
     message = await ended(conversation)
     assert message.status == "interrupted"
     assert message.text.startswith("word") and len(message.text.split()) < 30
+
+
+async def test_leaving_waits_for_the_answer_to_be_stored_even_if_a_send_failed_first(
+    conversation, cookie, monkeypatch, settings
+):
+    """A server that stops closes its sockets, and ends as soon as their handlers have returned."""
+    settings.ASSISTANT = {**settings.ASSISTANT, "ABANDON_GRACE_S": 0.3}
+    failed = asyncio.Event()
+
+    async def fail(*_: Any, **__: Any) -> None:
+        failed.set()
+        raise OSError
+
+    async with Chat(conversation, cookie) as chat:
+        await chat.send(type="message.create", text="/echo delay=0.05 words=200 word")
+        await chat.until("message.delta")
+        monkeypatch.setattr(ChatConsumer, "send", fail)
+        await asyncio.wait_for(failed.wait(), 3)
+    message = await conversation.messages.aget(role="assistant")
+    assert message.status == "interrupted" and message.text.startswith("word")
 
 
 async def test_an_answer_another_tab_still_reads_goes_on(conversation, cookie):
