@@ -8,6 +8,8 @@ that has neither cookie nor origin, as no browser's has, and says its token in i
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +35,8 @@ from conversations.urls import websocket_urlpatterns  # noqa: E402
 
 #: A browser sends twenty headers and, with the cookies of a whole product, some kilobytes.
 MAX_HEADERS, MAX_HEADERS_BYTES = 100, 32_768
+#: What no header may hold (RFC 9110, 5.5), and some HTTP parsers let through.
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def same_origin(scope: dict[str, Any]) -> bool:
@@ -83,27 +87,39 @@ def _no_browser(scope: dict[str, Any]) -> bool:
 
 
 class Bounded:
-    """Refuses a request whose headers are more than anybody's; servers read far longer ones."""
+    """Refuses headers that are more than anybody's or that two readers read in two ways.
+
+    Servers differ in what they let through; the answer closes the connection (RFC 9112, 6.3).
+    """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Any:
-        headers = scope.get("headers", ())
-        if len(headers) <= MAX_HEADERS and sum(map(_size, headers)) <= MAX_HEADERS_BYTES:
+        if (refusal := _refusal(scope.get("headers", ()))) is None:
             return await self._inner(scope, receive, send)
         if scope["type"] == "websocket":
             return await WebsocketDenier.as_asgi()(scope, receive, send)
-        told = f"The headers are larger than {MAX_HEADERS_BYTES:,} bytes, or over {MAX_HEADERS}."
+        status, told = refusal
         about = SimpleNamespace(path=scope["path"])
-        body = wire.encode(wire.problem("invalid_request", 431, told, about)).encode()
+        body = wire.encode(wire.problem("invalid_request", status, told, about)).encode()
         kind = [(b"content-type", b"application/problem+json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 431, "headers": kind})
+        await send({"type": "http.response.start", "status": status, "headers": kind})
         await send({"type": "http.response.body", "body": body})
 
 
-def _size(header: tuple[bytes, bytes]) -> int:
-    return len(header[0]) + len(header[1])
+def _refusal(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
+    """Status and reason, if these headers are refused."""
+    names = {name for name, _ in headers}
+    whole = b"".join(name + value for name, value in headers)
+    if len(headers) > MAX_HEADERS or len(whole) > MAX_HEADERS_BYTES:
+        most = f"{MAX_HEADERS_BYTES:,} bytes, or over {MAX_HEADERS}"
+        return 431, f"The headers are larger than {most}."
+    if {b"content-length", b"transfer-encoding"} <= names:
+        return 400, "Content-Length and Transfer-Encoding were both sent. Send one of them."
+    if _CONTROL.search(whole):
+        return 400, "A header holds a control character."
+    return None
 
 
 application = Bounded(

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -154,13 +155,18 @@ def _kept_key() -> str:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return path.read_text(encoding="ascii").strip() or _bad_key(path)
+        return _key_in(path)
     with os.fdopen(handle, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(50))
     return path.read_text(encoding="ascii").strip()
 
 
-def _bad_key(path: Path) -> str:
+def _key_in(path: Path) -> str:
+    """What another process wrote, or is about to."""
+    for _ in range(60):
+        if key := path.read_text(encoding="ascii").strip():
+            return key
+        time.sleep(0.05)
     raise ImproperlyConfigured(f"{path} is empty. Delete it, or set SECRET_KEY.")
 
 
@@ -491,6 +497,13 @@ _UPSTREAM_SYSTEM = (
     "cannot see: copy them exactly, braces included, and never invent a value. If you do not know "
     "something about the shop, say so."
 )
+# An answer depends on the model and on what is in the key, not on the day; an hour bounds how long
+# a fact that changed elsewhere is told the old way.
+_CACHE_FRESH_S = env_seconds(
+    "ASSISTANT_CACHE_FRESH_S",
+    3600,
+    "How long an answer is given again instead of written. 0: every one is written anew.",
+)
 ASSISTANT: dict[str, Any] = {
     "BACKENDS": {
         "model": {
@@ -575,7 +588,9 @@ ASSISTANT: dict[str, Any] = {
     "BREAKER": {"shared": ["upstream"]},
     # Tried in order until one answers; every name that is not one of ours is a backend's alias.
     "ROUTE": [
-        *("reviewed", "cache", ASSISTANT_BACKEND),
+        "reviewed",
+        *(["cache"] if _CACHE_FRESH_S else []),
+        ASSISTANT_BACKEND,
         *(["upstream"] if all(_UPSTREAM.values()) else []),
         *("stale", "rules", "human"),
     ],
@@ -591,11 +606,7 @@ ASSISTANT: dict[str, Any] = {
     # of pairs with the same words 1 % lie under 0.5, of pairs about something else 99 % do.
     "NEAR": {"SIMILARITY": 0.5, "MARGIN": 0.02, "READ_TIMEOUT_S": 0.25},
     "CACHE": {
-        # An answer depends on the model and on what is in the key, not on the day; an hour bounds
-        # how long a fact that changed elsewhere is told the old way.
-        "FRESH_S": env_seconds(
-            "ASSISTANT_CACHE_FRESH_S", 3600, "How long an answer is given again instead of written."
-        ),
+        "FRESH_S": _CACHE_FRESH_S,
         "STALE_S": env_seconds(
             "ASSISTANT_CACHE_STALE_S",
             86400,

@@ -13,10 +13,10 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from channels.generic.websocket import AsyncWebsocketConsumer  # type: ignore[import-untyped]
 
 from assistant.errors import AssistantError, InvalidRequest, NotFound
+from assistant.threads import in_thread
 from conversations import wire
 from conversations.access import (
     Credential,
@@ -64,7 +64,8 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def connect(self) -> None:
         self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
         self._shown: Credential | None = credential_of_socket(self.scope)
-        self._caller_key, self._user_id = "", None
+        self._caller_key = ""
+        self._user_id: int | None = None
         self._watch: Watch | None = None
         self._seat: Seat | None = None
         self._turn: Turn | None = None
@@ -137,7 +138,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._seat = Seat(address_of_socket(self.scope))
             if self._shown is None:
                 self._shown = await self._say_who()
-            caller, found = await _in_thread(self._arrive)
+            caller, found = await in_thread(self._arrive)
         except SignedOut:
             return wire.CLOSE_UNAUTHENTICATED
         except TooMany:
@@ -207,9 +208,9 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             case "auth":
                 raise InvalidRequest("This socket is signed in. Open another one for another user.")
             case "message.cancel":
-                await self._stop(await _in_thread(self._named, frame))
+                await self._stop(await in_thread(self._named, frame))
             case "message.resume":
-                await self._resume(frame, await _in_thread(self._named, frame))
+                await self._resume(frame, await in_thread(self._named, frame))
             case _:
                 self._begin(frame, await self._opened(frame))
 
@@ -238,7 +239,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     async def _opened(self, frame: Frame) -> Turn | Message:
         """The turn; if the client leaves while it is being opened, it ends at once."""
-        opening = asyncio.ensure_future(_in_thread(self._open, frame))
+        opening = asyncio.ensure_future(in_thread(self._open, frame))
         try:
             begun: Turn | Message = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -281,9 +282,9 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             if named is None or named.pk == turn.message.pk:
                 turn.close("stopped")
             return
-        message = named or await _in_thread(self._last_answer)
+        message = named or await in_thread(self._last_answer)
         if message is not None and message.status == Message.Status.STREAMING:
-            await _in_thread(stop, message)
+            await in_thread(stop, message)
 
     async def _resume(self, frame: Frame, named: Message | None) -> None:
         """That answer's events, or those of the one being written, or how the last one ended."""
@@ -337,7 +338,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def _await_elsewhere(self, ref: str | None) -> None:
         """Tell how the last answer ended; another process may still be writing it."""
         while True:
-            message = await _in_thread(self._last_answer)
+            message = await in_thread(self._last_answer)
             if message is None:
                 self._say_error(NotFound("There is no answer here yet."), ref)
                 return
@@ -357,7 +358,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     async def _tell(self, message_ids: tuple[uuid.UUID, ...]) -> None:
         try:
-            for message in await _in_thread(self._changed, message_ids):
+            for message in await in_thread(self._changed, message_ids):
                 self._say(wire.ended_json(message))
         except (SignedOut, AssistantError):
             return  # whatever they do next tells them
@@ -433,7 +434,3 @@ def _close_unread(opening: asyncio.Future[Turn | Message]) -> None:
         begun = opening.result()
         if isinstance(begun, Turn):
             begun.close("interrupted")
-
-
-async def _in_thread(function: Any, *args: Any) -> Any:
-    return await DatabaseSyncToAsync(function, thread_sensitive=False)(*args)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.contrib.auth import get_user_model
 from django.contrib.sessions.models import Session
 from django.utils import timezone
 from knox.models import AuthToken
 
+from assistant.threads import in_thread
 from conversations.access import Credential
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ class Watched:
     async def _ended(self) -> list[Watch]:
         """Those whose login has ended; nobody while the database is away."""
         try:
-            judged = DatabaseSyncToAsync(ended, thread_sensitive=False)
-            return await judged(list(self._watches))  # type: ignore[no-any-return]
+            return await in_thread(ended, list(self._watches))
         except Exception as error:
             log.warning("logins could not be looked at: %s", type(error).__name__)
             return []

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.http import StreamingHttpResponse
@@ -23,6 +22,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from assistant.errors import InvalidRequest
+from assistant.threads import in_thread
 from conversations import wire
 from conversations.access import caller_of
 from conversations.inputs import EraseBody, valid
@@ -166,7 +166,7 @@ class Written:
         return self
 
     async def __anext__(self) -> bytes:
-        batch: bytes = await DatabaseSyncToAsync(self._batch, thread_sensitive=False)()
+        batch = await in_thread(self._batch)
         if not batch:
             raise StopAsyncIteration
         return batch

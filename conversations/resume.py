@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
-
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 
 from assistant.errors import AssistantError, GenerationFailed, InvalidRequest, NotFound
+from assistant.threads import in_thread
 from conversations.log import Completed, Created, Delta, Failed, Reader, TurnEvent
 from conversations.models import Message, note_siblings
 from conversations.running import running
@@ -58,9 +56,9 @@ class Stored:
         return self._events.popleft()
 
     async def _look(self) -> None:
-        fresh = await _in_thread(self._fetch)
+        fresh = await in_thread(self._fetch)
         if self._whole and not self._seq:
-            self._events.append(await _in_thread(self._created))
+            self._events.append(await in_thread(self._created))
         if self._whole and len(fresh.text) > self._shown:
             text = fresh.text[self._shown :]
             self._shown = len(fresh.text)
@@ -114,7 +112,3 @@ class Stored:
         """Nobody reads any more: nothing runs on here between two reads."""
         self._ended = True
         self._events.clear()
-
-
-async def _in_thread(function: Any, *args: Any) -> Any:
-    return await DatabaseSyncToAsync(function, thread_sensitive=False)(*args)

@@ -15,12 +15,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
 from django.db import connection, transaction
 from django.dispatch import Signal
@@ -28,6 +27,7 @@ from django.utils import timezone
 
 from assistant import types
 from assistant.errors import AssistantError, GenerationFailed, Overloaded, RateLimited
+from assistant.threads import in_thread
 from conversations import handover, limits, markdown, opening, tasks
 from conversations.idempotency import Once
 from conversations.limits import Caller
@@ -342,7 +342,7 @@ class Turn:
         while self._stored:
             await asyncio.sleep(ALIVE_EVERY_S)
             try:
-                found = await _in_thread(self._checkpoint)
+                found = await in_thread(self._checkpoint)
             except Exception as error:  # the database is away: the answer goes on
                 log.warning("checkpoint failed: %s", type(error).__name__)
                 continue
@@ -370,13 +370,13 @@ class Turn:
         running.remove(self)
         self._log.end(message, error)
         if self._asked is not None:
-            await _in_thread(tasks.announce, self._asked)
-        await _in_thread(self._tell, message, ending)
+            await in_thread(tasks.announce, self._asked)
+        await in_thread(self._tell, message, ending)
 
     async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
         for pause in (*SAVE_PAUSES_S, None):
             try:
-                return await _in_thread(self._save, ending, error)
+                return await in_thread(self._save, ending, error)
             except Exception as problem:
                 log.error("answer %s not saved: %s", self.message.pk, type(problem).__name__)
                 if pause is None:
@@ -540,8 +540,3 @@ def _ours(error: Exception) -> AssistantError:
         return GenerationFailed("The answer took too long and was cut off. Please try again.")
     log.error("a turn broke", exc_info=error)
     return GenerationFailed("The answer broke off. Please try again.")
-
-
-async def _in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run database code in a worker thread that gives its connection back."""
-    return await DatabaseSyncToAsync(function, thread_sensitive=False)(*args)  # type: ignore[no-any-return]

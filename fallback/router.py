@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from django.conf import settings
@@ -101,10 +101,6 @@ class _Way:
     reason: str = ""
     shown: bool = False
     flight: cache.Flight | None = None
-    key: cache.Key | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.key = key_of(self.ask)
 
     def alone(self, alias: str) -> bool:
         return self.ask.steps == (alias,)
@@ -169,9 +165,9 @@ async def _reviewed(way: _Way) -> Events:
 
 async def _cached(way: _Way) -> Events:
     """The fresh answer; else whoever answers after this does so for all who ask the same."""
-    if way.key is None:
+    if (key := key_of(way.ask)) is None:
         raise _HandOn
-    way.flight = await way.stack.enter_async_context(cache.flight(way.key))
+    way.flight = await way.stack.enter_async_context(cache.flight(key))
     looked_up.send_robust(sender=cache.Flight, kind="exact", hit=way.flight.answer is not None)
     if way.flight.answer is None:
         raise _HandOn
@@ -180,7 +176,8 @@ async def _cached(way: _Way) -> Events:
 
 
 async def _stale(way: _Way) -> Events:
-    found = await cache.lookup(way.key) if way.key else None
+    key = key_of(way.ask)
+    found = await cache.lookup(key) if key else None
     if found is None:
         raise _HandOn
     for event in _again(found.answer, way.reason):

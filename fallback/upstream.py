@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import ClassVar, cast
 
-from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
 from django.utils.module_loading import import_string
 
 from assistant.backends.openai import OpenAIBackend
 from assistant.errors import AssistantError, ModelUnavailable
+from assistant.threads import in_thread
 from assistant.types import Params
 from fallback import budget
 
@@ -54,7 +54,7 @@ class UpstreamBackend(OpenAIBackend):
 
     async def _admit(self, params: Params) -> None:
         """Raises: NoConsent, BudgetSpent."""
-        await DatabaseSyncToAsync(_allow, thread_sensitive=False)(params.scope)
+        await in_thread(_allow, params.scope)
 
 
 def consents(caller: str) -> bool:

@@ -7,10 +7,8 @@ reaches the model; the figures are ``scoring``'s. Knows nothing of who asked or 
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from assistant import facts
 from assistant.backends.base import Backend
 from assistant.errors import ContextTooLong
 from assistant.modelkit import scoring
+from assistant.modelkit.jsonlines import objects
 from assistant.modelkit.labels import OUT_OF_SCOPE
 from assistant.modelkit.scoring import Figures, Judged
 from assistant.types import Delta, Finished, Message, Params, Started
@@ -77,7 +76,8 @@ def read_dataset(path: Path) -> list[Row]:
     """The rows of a ``.jsonl`` or ``.jsonl.gz`` file. Raises: DatasetError."""
     if not path.is_file():
         raise DatasetError(f"{path} is not a file. Name a .jsonl or .jsonl.gz file.")
-    rows = [_row(data, f"{path} line {at}", str(at)) for at, data in _objects(path)]
+    found = objects(path, DatasetError, most_lines=_MOST_ROWS, line_bytes=_MOST_LINE_BYTES)
+    rows = [_row(data, f"{path} line {at}", str(at)) for at, data in found]
     if not rows:
         raise DatasetError(f"{path} holds no rows.")
     return rows
@@ -94,36 +94,6 @@ def read_golden(folder: Path | None = None) -> list[Row]:
     if twice:
         raise DatasetError(f"{folder}: the id {twice[0]} is given to more than one row.")
     return rows
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open("rb") as raw:
-            stream = gzip.open(raw) if path.suffix == ".gz" else raw
-            for at, line in enumerate(_lines(stream, path), 1):
-                if line.strip():
-                    yield at, _object(line, f"{path} line {at}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read: {error}.") from error
-
-
-def _lines(stream: Any, path: Path) -> Iterator[bytes]:
-    count = 0
-    while line := stream.readline(_MOST_LINE_BYTES + 1):
-        count += 1
-        if len(line) > _MOST_LINE_BYTES or count > _MOST_ROWS:
-            raise DatasetError(f"{path} line {count}: over {_MOST_ROWS:,} rows or 1 MiB a line.")
-        yield line
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise DatasetError(f"{where} is not a JSON object.")
-    return data
 
 
 def _row(data: dict[str, Any], where: str, default_id: str) -> Row:

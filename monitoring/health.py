@@ -69,11 +69,14 @@ class _Loader:
             return self._problem or None
 
     def _answers(self, alias: str) -> bool:
+        """Whoever loaded it: a question may have, before anybody looked."""
         backend = backends.built().get(alias)
-        if backend is None or backend is not self._checked:
+        if backend is None:
             return False
         engine = backend.loaded()
-        return engine is None or engine.stats().state == "running"
+        if engine is None:
+            return backend is self._checked
+        return engine.stats().state == "running"
 
     def _load(self, alias: str) -> None:
         try:

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,25 @@ def test_the_migrations_are_complete(db):
     from django.core.management import call_command
 
     call_command("makemigrations", "--check", "--dry-run", verbosity=0)
+
+
+def test_answers_are_kept_unless_for_no_time(tmp_path):
+    assert "'cache'" in loaded(tmp_path, "s.ASSISTANT['ROUTE']").stdout
+    never = loaded(tmp_path, "s.ASSISTANT['ROUTE']", ASSISTANT_CACHE_FRESH_S="0")
+    assert "'cache'" not in never.stdout and "'model'" in never.stdout
+
+
+def test_a_key_that_another_process_is_still_writing_is_waited_for(tmp_path):
+    key = tmp_path / "secret_key"
+    key.touch()
+    writing = threading.Timer(1.0, key.write_text, ["k" * 60])
+    writing.start()
+    shown = loaded(tmp_path, "s.SECRET_KEY")
+    writing.join()
+    assert shown.stdout.strip() == "k" * 60, shown.stderr
+
+
+def test_a_key_file_that_stays_empty_is_named(tmp_path):
+    (tmp_path / "secret_key").touch()
+    shown = loaded(tmp_path, "s.SECRET_KEY")
+    assert "secret_key is empty. Delete it, or set SECRET_KEY." in shown.stderr

@@ -93,6 +93,7 @@ class Server:
             "ASSISTANT_DATA_DIR": str(folder),
             "ASSISTANT_ANONYMOUS": "true",
             "ASSISTANT_RATE": "off",
+            "ASSISTANT_CACHE_FRESH_S": "0",  # the same few questions are asked again and again
             "DJANGO_SETTINGS_MODULE": "config.settings",
             **environment,
         }

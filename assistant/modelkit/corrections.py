@@ -7,10 +7,7 @@ Knows the format and the closed sets; knows nothing of tokens, models or trainin
 from __future__ import annotations
 
 import difflib
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any, NamedTuple
 from assistant.engine.text import Slot
 from assistant.modelkit import labels
 from assistant.modelkit.corpus import CorpusError, normalise, read_rows
+from assistant.modelkit.jsonlines import objects
 from assistant.modelkit.tokens import Mask
 
 #: More than this is a training set, and minutes are not enough to learn it.
@@ -117,48 +115,26 @@ _EXAMPLE = '{"query": "where is my stuff", "intent": "track_order"}'
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not blank."""
-    try:
-        with path.open("rb") as raw:
-            stream = gzip.open(raw) if path.suffix == ".gz" else raw
-            count = 0
-            for at, line in enumerate(_lines(stream, path), 1):
-                if not line.strip():
-                    continue
-                if (count := count + 1) > MOST_ROWS:
-                    raise CorpusError(
-                        f"{path} line {at}: over {MOST_ROWS:,} corrections, more than minutes can "
-                        "teach. Keep the latest, or train anew with the public sets: --data DIR."
-                    )
-                yield at, _object(line, f"{path} line {at}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} cannot be read: {error}.") from error
+    """Line number and object of each correction."""
+    found = objects(
+        path, CorpusError, most_lines=10 * MOST_ROWS, line_bytes=_MOST_LINE_BYTES, like=_EXAMPLE
+    )
+    for count, (at, row) in enumerate(found, 1):
+        if count > MOST_ROWS:
+            raise CorpusError(
+                f"{path} line {at}: over {MOST_ROWS:,} corrections, more than minutes can "
+                "teach. Keep the latest, or train anew with the public sets: --data DIR."
+            )
+        _refuse_misspelt(row, f"{path} line {at}")
+        yield at, row
 
 
-def _lines(stream: Any, path: Path) -> Iterator[bytes]:
-    at = 0
-    while line := stream.readline(_MOST_LINE_BYTES + 1):
-        at += 1
-        if len(line) > _MOST_LINE_BYTES:
-            raise CorpusError(f"{path} line {at} is longer than {_MOST_LINE_BYTES:,} bytes.")
-        if at > 10 * MOST_ROWS:
-            raise CorpusError(f"{path} line {at}: too many lines.")
-        yield line
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise CorpusError(f"{where} is not a JSON object such as {_EXAMPLE}")
+def _refuse_misspelt(row: dict[str, Any], where: str) -> None:
     for name in row.keys() - set(_FIELDS):
         if meant := difflib.get_close_matches(name, _FIELDS, 1, 0.8):
             raise CorpusError(
                 f"{where} has the field {name[:40]!r}; {meant[0]!r} is meant, surely."
             )
-    return row
 
 
 def _case(row: dict[str, Any], where: str, at: int, known: Collection[str]) -> Case:

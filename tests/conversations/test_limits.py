@@ -118,8 +118,9 @@ def test_a_refused_request_does_not_make_the_wait_longer(settings):
 def test_a_rate_that_is_none_is_refused_at_the_start(rate, monkeypatch):
     from django.core.exceptions import ImproperlyConfigured
 
-    from config.settings import env_rate
+    from config.settings import ENVIRONMENT, env_rate
 
+    monkeypatch.setitem(ENVIRONMENT, "ASSISTANT_RATE", ENVIRONMENT["ASSISTANT_RATE"])
     monkeypatch.setenv("ASSISTANT_RATE", rate)
     with pytest.raises(ImproperlyConfigured, match="ASSISTANT_RATE"):
         env_rate("ASSISTANT_RATE", "20/m", "Questions.")

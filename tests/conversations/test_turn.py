@@ -274,14 +274,14 @@ async def test_a_deleted_conversation_ends_its_turn_and_stays_deleted(opened, co
 
 async def test_the_database_is_only_touched_after_the_last_token(opened, monkeypatch):
     work: list[str] = []
-    in_thread = turns._in_thread
+    in_thread = turns.in_thread
 
     async def noted(function: Any, *args: Any) -> Any:
         work.append(function.__name__)
         return await in_thread(function, *args)
 
     turn = await opened("/echo delay=0.005 words=50 word")
-    monkeypatch.setattr(turns, "_in_thread", noted)
+    monkeypatch.setattr(turns, "in_thread", noted)
     await turn.result()
     await asyncio.sleep(0.05)
     assert work == ["_save", "_tell"]

@@ -70,8 +70,8 @@ def test_a_file_without_true_pairs_has_no_rate(tmp_path):
         ({"a": "x", "b": "y", "kind": "k"}, "line 2 is no pair"),
         ({"a": "x", "b": 5, "label": 1, "kind": "k"}, "line 2 is no pair"),
         ({"a": "x", "b": "y", "label": "1", "kind": "k"}, "line 2 is no pair"),
-        ([1, 2], "line 2 is no pair"),
-        (None, "line 2 is no pair"),
+        ([1, 2], "line 2 is not a JSON object such as"),
+        (None, "line 2 is not a JSON object such as"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path, row, said):
@@ -94,5 +94,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(CommandError, match="cannot be read"):
         checked(tmp_path / "plain.jsonl.gz")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(CommandError, match="cannot be read"):
+    with pytest.raises(CommandError, match="line 1 is not JSON"):
         checked(tmp_path / "latin.jsonl")

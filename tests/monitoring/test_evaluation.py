@@ -104,7 +104,10 @@ def test_a_row_that_cannot_be_asked_is_named_by_its_line(
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "nested deeper than Python reads": (b'{"query": ' + b"[" * 200_000, "line 1 is not JSON"),
     "not text": (b"\xff\xfe\x00h\n", "line 1 is not JSON"),
-    "one endless line": (b'{"query": "' + b"a" * (1 << 20), "1 MiB a line"),
+    "one endless line": (
+        b'{"query": "' + b"a" * (1 << 20),
+        "line 1 is longer than 1,048,576 bytes",
+    ),
 }
 
 

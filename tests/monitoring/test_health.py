@@ -99,6 +99,12 @@ def test_a_crashed_engine_is_started_again_and_not_ready_meanwhile(monkeypatch, 
     assert settled() == {"status": "ready"}
 
 
+def test_a_model_that_a_question_has_loaded_is_ready_at_the_first_look(monkeypatch, tmp_path):
+    engine = Engine(tmp_path)
+    monkeypatch.setattr(type(backends.get("echo")), "loaded", lambda self: engine)
+    assert ask() == (200, {"status": "ready"})
+
+
 # --- Degraded ------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +13,12 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from assistant.progress import CountUp
+
 #: Longer files are cut into several: a pair is a row in memory.
 MOST_PAIRS = 1_000_000
+_MOST_LINE_BYTES = 1 << 18
+_ROW = '{"a": text, "b": text, "label": 0 or 1, "kind": text}.'
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Command(BaseCommand):
 
         pairs = read_pairs(options["pairs"])
         try:
-            hits = asyncio.run(_ask_all(pairs, _Progress(len(pairs), quiet=options["json"])))
+            hits = asyncio.run(_ask_all(pairs, CountUp(len(pairs), "pairs", quiet=options["json"])))
         finally:
             backends.reset()
         report = figures(pairs, hits)
@@ -59,37 +61,28 @@ class Command(BaseCommand):
 
 def read_pairs(path: Path) -> list[Pair]:
     """Raises: CommandError naming the file, the line and what is wrong with it."""
-    from assistant.modelkit.corpus import CorpusError, read_rows
+    from assistant.modelkit.jsonlines import objects
 
     if not path.is_file():
         raise CommandError(f"{path} is not a file. Give --pairs a .jsonl or .jsonl.gz file.")
-    pairs: list[Pair] = []
-    try:
-        for row in read_rows(path):
-            pairs.append(_pair(row, path, len(pairs) + 1))
-            if len(pairs) > MOST_PAIRS:
-                raise CommandError(f"{path} has over {MOST_PAIRS:,} pairs. Split the file.")
-    except (CorpusError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from error
+    found = objects(
+        path, CommandError, most_lines=MOST_PAIRS, line_bytes=_MOST_LINE_BYTES, like=_ROW
+    )
+    pairs = [_pair(row, path, at) for at, row in found]
     if not pairs:
         raise CommandError(f"{path} has no pairs. Each line is one JSON object.")
     return pairs
 
 
-def _pair(row: object, path: Path, number: int) -> Pair:
+def _pair(row: dict[str, Any], path: Path, number: int) -> Pair:
     """Raises: CommandError."""
-    if isinstance(row, dict):
-        a, b, label, kind = (row.get(name) for name in ("a", "b", "label", "kind"))
-        texts = all(isinstance(text, str) for text in (a, b, kind))
-        if texts and label in (0, 1):
-            return Pair(str(a), str(b), label == 1, str(kind))
-    raise CommandError(
-        f'{path} line {number} is no pair. A row is {{"a": text, "b": text, "label": 0 or 1, '
-        '"kind": text}.'
-    )
+    a, b, label, kind = (row.get(name) for name in ("a", "b", "label", "kind"))
+    if all(isinstance(text, str) for text in (a, b, kind)) and label in (0, 1):
+        return Pair(str(a), str(b), label == 1, str(kind))
+    raise CommandError(f"{path} line {number} is no pair. A row is {_ROW}")
 
 
-async def _ask_all(pairs: Sequence[Pair], done: _Progress) -> list[bool]:
+async def _ask_all(pairs: Sequence[Pair], done: CountUp) -> list[bool]:
     hits = []
     for pair in pairs:
         hits.append(await hit(pair))
@@ -125,21 +118,6 @@ def figures(pairs: Sequence[Pair], hits: Sequence[bool]) -> dict[str, Any]:
         "hit_rate": round(right / true, 4) if true else None,
         "rows_by_kind": {kind: rows[kind] for kind in kinds},
     }
-
-
-class _Progress:
-    """A line that counts up, on a terminal; a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total, self._quiet, self._said = total, quiet, time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def __call__(self, count: int) -> None:
-        now = time.monotonic()
-        if self._quiet or (now - self._said < (0.1 if self._terminal else 10)):
-            return
-        self._said = now
-        sys.stderr.write(f"{count:,} of {self._total:,} pairs" + ("\r" if self._terminal else "\n"))
 
 
 def _table(report: dict[str, Any]) -> str:

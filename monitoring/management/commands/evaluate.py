@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from assistant.progress import CountUp
 
 
 class Command(BaseCommand):
@@ -71,7 +71,7 @@ class Command(BaseCommand):
         backend = OnnxBackend("evaluate", OnnxOptions(str(_folder(options)), max_queue=256))
         try:
             backend.check()
-            done = _Progress(len(rows), quiet=options["json"])
+            done = CountUp(len(rows), "rows", quiet=options["json"])
             answers = asyncio.run(evaluation.ask_all(backend, rows, done=done))
             return backend.engine.manifest, answers
         finally:
@@ -137,21 +137,6 @@ def _plot(path: Path, name: str, manifest: Any, rows: Any, answers: Any) -> None
         title=name,
         bands=diagrams.Bands(fitted.answer_from, fitted.caution_from) if fitted else None,
     )
-
-
-class _Progress:
-    """A line that counts up, on a terminal; a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total, self._quiet, self._said = total, quiet, time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def __call__(self, count: int) -> None:
-        now = time.monotonic()
-        if self._quiet or (now - self._said < (0.1 if self._terminal else 10)):
-            return
-        self._said = now
-        sys.stderr.write(f"{count:,} of {self._total:,} rows" + ("\r" if self._terminal else "\n"))
 
 
 _SCORES = (
