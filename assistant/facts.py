@@ -147,6 +147,11 @@ def fill(text: str, values: Mapping[str, str]) -> str:
     return filler.push(text) + filler.flush()
 
 
+def given(values: Mapping[str, str]) -> frozenset[str]:
+    """Names that have a value; one that stands for itself, so as to stay visible, has none."""
+    return frozenset(name for name, value in values.items() if value != "{{" + name + "}}")
+
+
 def known_facts(user: Any = None) -> dict[str, str]:
     """Constants from settings, then what the registered functions know about ``user``.
 

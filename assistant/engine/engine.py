@@ -33,7 +33,9 @@ from assistant.engine.plain import PlainRunner
 from assistant.engine.runner import Batch, OnnxRunner, Runner, batching_error, token_bytes
 from assistant.engine.sampling import FirstTokenRule, Floats, Sampling
 from assistant.engine.scheduler import Rates, Request
-from assistant.engine.text import Codec
+from assistant.engine.text import ChatTurn, Codec
+from assistant.engine.wide import FILE as WIDE
+from assistant.engine.wide import Wide
 from assistant.engine.worker import EngineConfig, EngineStats, Loaded, Worker
 
 
@@ -96,6 +98,18 @@ class Engine:
     def codec(self) -> Codec | None:
         return self._worker.loaded.codec if self._worker else None
 
+    def first_token_rule(self, turns: Sequence[ChatTurn]) -> FirstTokenRule | None:
+        """How to read the first token after these turns; None for a model without intents.
+
+        Raises: EngineCrashed, EngineClosed.
+        """
+        loaded = self._running().loaded
+        rule = loaded.manifest.first_token_rule() if loaded.manifest else None
+        if rule is None or loaded.wide is None or loaded.manifest is None:
+            return rule
+        opinion = loaded.wide.opinion(turns, loaded.manifest.topics)
+        return replace(rule, prior=tuple(opinion.intents), scope_prior=opinion.scope)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -123,9 +137,11 @@ class Engine:
             )
         if max_new_tokens < 1:
             raise ValueError("max_new_tokens starts at 1")
-        ids = _checked_ids(prompt, first, worker.loaded.runner.vocab_size)
+        sampling = sampling or Sampling()
+        named = (*(first.ids if first else ()), *sampling.banned)
+        ids = _checked_ids(prompt, named, worker.loaded.runner.vocab_size)
         request = Request(ids, min(max_new_tokens, room), frozenset(stop_ids), scope)
-        ticket = Ticket(request, sampling or Sampling(), first)
+        ticket = Ticket(request, sampling, first)
         eta = worker.eta_s(len(ids))
         ticket.asked_s, ticket.promised_s = time.perf_counter(), eta
         if not worker.gate.enter(ticket):
@@ -147,7 +163,7 @@ class Engine:
         runner, most = worker.loaded.runner, worker.context_tokens
         if not runner.width:
             raise NoEmbeddings("this model has no embeddings; build it without `--via optimum`")
-        checked = [_checked_ids(prompt, None, runner.vocab_size) for prompt in prompts]
+        checked = [_checked_ids(prompt, (), runner.vocab_size) for prompt in prompts]
         longest = max(map(len, checked), default=0)
         if longest > most:
             raise PromptTooLong(f"a prompt has {longest} tokens; at most {most} are read at once")
@@ -170,7 +186,7 @@ class Engine:
         worker = self._running()
         if len(ids) >= worker.context_tokens:
             raise PromptTooLong(f"a shared prefix of {len(ids)} tokens leaves no room for answers")
-        worker.commands.put(Share(_checked_ids(ids, None, worker.loaded.runner.vocab_size)))
+        worker.commands.put(Share(_checked_ids(ids, (), worker.loaded.runner.vocab_size)))
 
     def expected_wait_s(self) -> float:
         """What a short question asked now would be promised. Never waits."""
@@ -219,6 +235,7 @@ def load_onnx(config: EngineConfig) -> Loaded:
     """Verify the model folder and open it. Raises: ManifestError."""
     manifest = Manifest.load(config.model_dir)
     codec = Codec.load(config.model_dir, manifest)
+    wide = Wide.load(config.model_dir, len(manifest.topics)) if WIDE in manifest.files else None
     context = min(config.context_tokens, manifest.context_tokens)
     slots = _slots(config, manifest.architecture, context)
     kind = PlainRunner if manifest.runner == "plain" else OnnxRunner
@@ -230,7 +247,7 @@ def load_onnx(config: EngineConfig) -> Loaded:
         context_tokens=context,
         threads=config.threads,
     )
-    return Loaded(runner, codec.banned_ids, context, slots, manifest, codec)
+    return Loaded(runner, codec.banned_ids, context, slots, manifest, codec, wide)
 
 
 def _slots(config: EngineConfig, architecture: Architecture, context_tokens: int) -> int:
@@ -245,12 +262,12 @@ def _slots(config: EngineConfig, architecture: Architecture, context_tokens: int
     return min(config.max_batch, fitting)
 
 
-def _checked_ids(prompt: Sequence[int], first: FirstTokenRule | None, vocab: int) -> list[int]:
+def _checked_ids(prompt: Sequence[int], named: Sequence[int], vocab: int) -> list[int]:
     """The prompt as plain integers. One bad id would end the thread, and with it everybody."""
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise ValueError("a prompt is a non-empty sequence of token ids")
-    used = np.concatenate((ids, np.asarray(first.ids))) if first else ids
+    used = np.concatenate((ids, np.asarray(named))) if named else ids
     if used.min() < 0 or used.max() >= vocab:
         raise ValueError(f"a token id lies outside the vocabulary of {vocab}")
     plain: list[int] = ids.tolist()

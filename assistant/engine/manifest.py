@@ -6,6 +6,7 @@ Knows names and JSON; knows nothing of sessions, tokenizers or threads.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -152,13 +153,24 @@ class Manifest:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise fault(path, what) from error
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its answers depend on: every file, and what was fitted besides."""
+        told = [*sorted((name, entry.sha256) for name, entry in self.files.items())]
+        told.append(("calibration", json.dumps(asdict(self.calibration), sort_keys=True)))
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The intents a question can be about, in the order of every array of them."""
+        return tuple(name for name in self.intents if name != OUT_OF_SCOPE)
+
     def first_token_rule(self) -> FirstTokenRule | None:
         """How to read the first position; None for a model without intents."""
         if self.scope is None or OUT_OF_SCOPE not in self.intents:
             return None
-        ids = tuple(i for name, i in self.intents.items() if name != OUT_OF_SCOPE)
         return FirstTokenRule(
-            intent_ids=ids,
+            intent_ids=tuple(self.intents[name] for name in self.topics),
             out_of_scope_id=self.intents[OUT_OF_SCOPE],
             in_id=self.scope[0],
             out_id=self.scope[1],

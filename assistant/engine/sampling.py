@@ -32,6 +32,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    #: Ids that this answer never has, besides those nobody's has.
+    banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature <= 100, "temperature must be between 0 and 100")
@@ -54,11 +56,16 @@ class FirstTokenRule:
     scope_temperature: float = 1.0
     scope_bias: float = 0.0
     scope_threshold: float = 0.5
+    #: What is known of this very question besides (see ``wide``): added to the scores of the
+    #: intents, in their order, and to the scope's; empty and 0 for nothing.
+    prior: tuple[float, ...] = ()
+    scope_prior: float = 0.0
 
     def __post_init__(self) -> None:
         _require(bool(self.intent_ids), "a first-token rule needs at least one intent")
         _require(self.temperature > 0, "the intent temperature must be above 0")
         _require(self.scope_temperature > 0, "scope_temperature must be above 0")
+        _require(len(self.prior) in (0, len(self.intent_ids)), "a prior has one score an intent")
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -82,10 +89,13 @@ def judge(logprobs: Floats, rule: FirstTokenRule) -> Verdict:
 
     Both groups only use differences within the row, so log-probabilities serve as well as logits.
     """
-    scores = logprobs[list(rule.intent_ids)].astype(np.float64) / rule.temperature
+    scores = logprobs[list(rule.intent_ids)].astype(np.float64)
+    if rule.prior:
+        scores += rule.prior
+    scores /= rule.temperature
     weights = np.exp(scores - scores.max())
     best = int(weights.argmax())
-    gap = float(logprobs[rule.in_id]) - float(logprobs[rule.out_id])
+    gap = float(logprobs[rule.in_id]) - float(logprobs[rule.out_id]) + rule.scope_prior
     scope = _sigmoid(gap / rule.scope_temperature + rule.scope_bias)
     intent = rule.intent_ids[best]
     token = intent if scope >= rule.scope_threshold else rule.out_of_scope_id
@@ -104,8 +114,9 @@ class Sampler:
         self._penalty = np.ones(slots, np.float32)
         self._seen = np.zeros((slots, vocab_size), np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * slots
-        #: Slots that need more than the best token.
+        #: Slots that need more than the best token, and what single slots may not choose.
         self._special: set[int] = set()
+        self._refused: dict[int, Ints] = {}
 
     def open(self, slot: int, sampling: Sampling, prompt: Sequence[int]) -> None:
         """Prepare ``slot`` for a new request; forgets whoever had it before."""
@@ -117,6 +128,9 @@ class Sampler:
         self._generators[slot] = (
             np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         )
+        self._refused.pop(slot, None)
+        if sampling.banned:
+            self._refused[slot] = np.array(sampling.banned, np.int64)
         plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
         (self._special.discard if plain else self._special.add)(slot)
         if sampling.repetition_penalty != 1:
@@ -130,6 +144,9 @@ class Sampler:
         self._seen[target] = self._seen[source]
         self._generators[target] = self._generators[source]
         (self._special.add if source in self._special else self._special.discard)(target)
+        self._refused.pop(target, None)
+        if source in self._refused:
+            self._refused[target] = self._refused[source]
 
     def choose(self, logprobs: Floats, slots: Sequence[int]) -> tuple[Ints, Floats]:
         """Chosen ids and their true log-probabilities; ``logprobs`` is masked in place.
@@ -137,6 +154,9 @@ class Sampler:
         *Shapes*: logprobs (rows, vocab), slots (rows,) -> (rows,), (rows,).
         """
         logprobs[:, self._banned] = -np.inf
+        for row, slot in enumerate(slots if self._refused else ()):
+            if slot in self._refused:
+                logprobs[row, self._refused[slot]] = -np.inf
         if self._special.isdisjoint(slots):
             best = logprobs.argmax(axis=1)
             return best, logprobs[np.arange(len(best)), best]

@@ -7,7 +7,7 @@ the manifest; knows nothing of the model, requests or threads.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +57,7 @@ class Codec:
     def __init__(self, tokenizer: Tokenizer, manifest: Manifest, template: str = "") -> None:
         """``template``: the chat template of a model from elsewhere. Raises: ManifestError."""
         self._words = words = Words(tokenizer)
+        self._slots = dict(manifest.placeholders)
         self._names = {id_: "{{" + name + "}}" for name, id_ in manifest.placeholders.items()}
         self.end_id = _known(words, manifest.chat.end)
         #: Each of these ends an answer.
@@ -105,6 +106,12 @@ class Codec:
                 f"{path} cannot be used ({error}); restore the folder with "
                 f"`git checkout -- {directory}` or `manage.py build_model`."
             ) from error
+
+    def absent(self, turns: Sequence[ChatTurn], names: Collection[str]) -> tuple[int, ...]:
+        """Ids of those placeholders of ``names`` whose value no user's turn has given."""
+        said = {part for turn in turns if turn.role == "user" for part in turn.parts}
+        given = {str(part) for part in said if isinstance(part, Slot)}
+        return tuple(self._slots[name] for name in self._slots if name in set(names) - given)
 
     def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
         """Token ids of a prompt: the turns, then the piece that asks for an answer.

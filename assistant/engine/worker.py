@@ -35,6 +35,7 @@ from assistant.engine.scheduler import (
     chunk,
 )
 from assistant.engine.text import Codec
+from assistant.engine.wide import Wide
 
 #: A cache shorter than this is read again faster than it is found.
 _LEAST_KEPT_TOKENS = 8
@@ -127,6 +128,7 @@ class Loaded:
     slots: int | None = None
     manifest: Manifest | None = None
     codec: Codec | None = None
+    wide: Wide | None = None
 
 
 class _Gate:

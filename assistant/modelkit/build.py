@@ -30,6 +30,8 @@ from assistant.engine.manifest import (
 from assistant.engine.sampling import FirstTokenRule
 from assistant.engine.template import TemplateError
 from assistant.engine.text import Codec
+from assistant.engine.wide import FILE as WIDE
+from assistant.engine.wide import Wide
 from assistant.modelkit.balance import Balanced
 from assistant.modelkit.checkpoint import Checkpoint, CheckpointError, write_random
 from assistant.modelkit.foreign import PLAIN_TEMPLATE, chat_of, open_tokenizer, template_of
@@ -365,6 +367,9 @@ def _publish(out_dir: Path, source: _Source, manifest: Manifest, model: bytes) -
         (draft / MODEL).write_bytes(model)
         shutil.copyfile(source.checkpoint.directory / TOKENIZER, draft / TOKENIZER)
         names = [MODEL, TOKENIZER]
+        if (source.checkpoint.directory / WIDE).is_file():
+            shutil.copyfile(source.checkpoint.directory / WIDE, draft / WIDE)
+            names.append(WIDE)
         if source.template:
             (draft / TEMPLATE).write_text(source.template, encoding="utf-8")
             names.append(TEMPLATE)
@@ -384,7 +389,10 @@ def _publish(out_dir: Path, source: _Source, manifest: Manifest, model: bytes) -
 
 def _prove(directory: Path) -> None:
     """Raises: ManifestError where the engine would not take this folder."""
-    Codec.load(directory, Manifest.load(directory))
+    manifest = Manifest.load(directory)
+    Codec.load(directory, manifest)
+    if WIDE in manifest.files:
+        Wide.load(directory, len(manifest.topics))
 
 
 def _sync(path: Path) -> None:

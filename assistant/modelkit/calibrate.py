@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from assistant.engine.manifest import Calibration
+from assistant.engine.wide import Wide
 from assistant.modelkit import labels, scoring
 from assistant.modelkit.tokens import Encoder, Mask
+from assistant.modelkit.wide import best_share, opinions
 
 if TYPE_CHECKING:
     from assistant.modelkit.student import Student
@@ -29,8 +31,35 @@ class Scores:
     scope: scoring.Floats
 
 
+def with_wide(scores: Scores, wide: Wide | None, mask: Mask, texts: Sequence[str]) -> Scores:
+    """What network and table say together of each text asked alone."""
+    if wide is None:
+        return scores
+    found = opinions(wide, mask, texts)
+    return Scores(
+        scores.intents + np.array([one.intents for one in found]),
+        scores.scope + np.array([one.scope for one in found]),
+    )
+
+
+def choose_share(
+    model: Student,
+    wide: Wide,
+    encoder: Encoder,
+    mask: Mask,
+    dev: dict[str, list[tuple[str, str]]],
+) -> float:
+    """How much ``wide`` should say, by every other natural development row."""
+    rows = [row for name in ("natural", "written") for row in _limited(dev)[name]]
+    rows = [(text, label) for text, label in rows if label in labels.SUPPORT][::2]
+    texts = [text for text, _ in rows]
+    network = score(model, encoder, mask, texts).intents
+    table = np.array([one.intents for one in opinions(wide, mask, texts)])
+    return best_share(network, table, [labels.INTENTS.index(label) for _, label in rows])
+
+
 def score(model: Student, encoder: Encoder, mask: Mask, texts: Sequence[str]) -> Scores:
-    """First-position scores of each text asked alone."""
+    """First-position scores of each text asked alone, by the network."""
     import torch
 
     intent_ids = [encoder.id(labels.intent_token(name)) for name in labels.INTENTS[:-1]]
@@ -61,14 +90,19 @@ def natural_accuracy(
 
 
 def calibrate(
-    model: Student, encoder: Encoder, mask: Mask, dev: dict[str, list[tuple[str, str]]]
+    model: Student,
+    encoder: Encoder,
+    mask: Mask,
+    dev: dict[str, list[tuple[str, str]]],
+    wide: Wide | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """Fits on every other natural row, reports on the rest. ``dev``: (text, label) by source."""
     model.eval()
-    found = {
-        name: (score(model, encoder, mask, [text for text, _ in rows]), [lab for _, lab in rows])
-        for name, rows in _limited(dev).items()
-    }
+    found = {}
+    for name, rows in _limited(dev).items():
+        texts = [text for text, _ in rows]
+        scores = with_wide(score(model, encoder, mask, texts), wide, mask, texts)
+        found[name] = scores, [label for _, label in rows]
     natural = _join([found["natural"], found["written"]], keep=labels.SUPPORT)
     outside = _join([found["out"], found["written"]], keep=(labels.OUT_OF_SCOPE,))
     fitted = _fit(natural, outside)
@@ -109,22 +143,16 @@ def _fit(natural: Labelled, outside: Labelled) -> Calibration:
         temperature=temperature,
         scope_temperature=scale,
         scope_bias=bias,
-        scope_threshold=_scope_threshold(scores.scope[::2], outside[0].scope[::2], scale, bias),
+        scope_threshold=_scope_threshold(scores.scope[::2], scale, bias),
         answer_from=round(min(answer, 0.95), 3),
         caution_from=round(min(caution, 0.6), 3),
     )
 
 
-def _scope_threshold(
-    inside: scoring.Floats, outside: scoring.Floats, scale: float, bias: float
-) -> float:
-    """Turns away at most 3 % of natural questions, fewer if the two sides part cleanly earlier."""
+def _scope_threshold(inside: scoring.Floats, scale: float, bias: float) -> float:
+    """Turns away 3 % of natural questions, fewer where they are likelier inside than not."""
     chance_in = scoring.sigmoid(inside / scale + bias)
-    chance_out = scoring.sigmoid(outside / scale + bias)
-    limit = float(np.quantile(chance_in, 0.03))
-    candidates = np.linspace(0.02, max(0.03, limit), 50)
-    balance = [(chance_in >= c).mean() + (chance_out < c).mean() for c in candidates]
-    return round(float(candidates[int(np.argmax(balance))]), 4)
+    return round(float(np.clip(np.quantile(chance_in, 0.03), 0.02, 0.5)), 4)
 
 
 def _figures(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assistant.engine.manifest import Manifest
+from assistant.engine.wide import FILE
 from assistant.modelkit.labels import SMALL_TALK, SUPPORT
 from assistant.modelkit.scoring import Figures, NearMatches
 from assistant.modelkit.shape import ModelShape
@@ -64,7 +65,7 @@ million parameters, quantised to {quant} and run by `assistant/engine`. It reads
 turns included), names one of {intents} intents, says how sure it is and whether the question is a
 shop's business at all, then writes a short answer with placeholders where facts belong. It knows no
 product, no price and no customer.
-
+{wide}
 {training}
 
 ## Figures
@@ -185,11 +186,20 @@ _NEAR_FILE = """
 """
 
 
+_WIDE = f"""
+What a question is about, and whether it is a shop's business, is said by two together: the network,
+and a table of 8-bit weights over its words, neighbouring words and pieces of words (`{FILE}`), with
+what was asked before. The table is fitted to the same questions after the network. It knows wordings by
+heart; the network generalises, and writes the answer that follows.
+"""
+
+
 def write_card(folder: Path, found: Findings) -> Path:
     """Writes the card into ``folder`` and returns its path."""
     settings = found.settings
     text = _ABOUT.format(
         **_named(found),
+        wide=_WIDE if FILE in found.manifest.files else "",
         training=_training(settings, found.cores),
         inside="\n".join(_inside(found.kinds)),
         outside="\n".join(_outside(found.kinds)),

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from assistant.engine import Engine, EngineConfig, Manifest
+from assistant.engine import Engine, EngineConfig, Manifest, Sampling
 from assistant.engine.machine import cores
 from assistant.engine.manifest import MODEL
 from assistant.engine.text import ChatTurn, Slot
+from assistant.engine.wide import Wide
 from assistant.modelkit import card, diagrams, labels, scoring
 from assistant.modelkit.build import build, build_for
-from assistant.modelkit.calibrate import calibrate, write_card_source
+from assistant.modelkit.calibrate import calibrate, choose_share, write_card_source
 from assistant.modelkit.card import Measure
 from assistant.modelkit.corpus import Corpus, read_rows
 from assistant.modelkit.quality import Batch, Floor, Prompts, open_session
@@ -31,6 +32,7 @@ from assistant.modelkit.scoring import Figures, Judged, NearMatches, Pair
 from assistant.modelkit.shape import ModelShape
 from assistant.modelkit.tokens import Encoder, Mask, MaskedText
 from assistant.modelkit.train import Progress
+from assistant.modelkit.wide import examples, fit, shared
 
 if TYPE_CHECKING:
     from assistant.modelkit.student import Student
@@ -125,13 +127,26 @@ def finish(
 
     Raises: BuildError, CorpusError, ManifestError.
     """
-    progress("calibrating on development rows ...")
+    model.eval()
     encoder = Encoder.load(folder / "tokenizer.json")
-    fitted, figures = calibrate(model, encoder, mask, corpus.dev)
+    wide = fit_wide(model, corpus, encoder, mask, progress)
+    wide.save(folder)
+    fitted, figures = calibrate(model, encoder, mask, corpus.dev, wide)
     write_card_source(folder, name, version, fitted, figures)
     prompts = _measured_on(corpus, encoder, mask)
     build_for("throughput", folder, folder / "model", progress, prompts=prompts)
     return describe(corpus, mask, folder, pairs=pairs, golden=golden, progress=progress)
+
+
+def fit_wide(
+    model: Student, corpus: Corpus, encoder: Encoder, mask: Mask, progress: Progress
+) -> Wide:
+    """The table that stands beside ``model``, with as much to say as does both good."""
+    progress("fitting the wide half ...")
+    found = fit(examples(corpus, mask), progress=progress)
+    share = choose_share(model, found, encoder, mask, corpus.dev)
+    progress(f"  it counts {share:g} times; calibrating on development rows ...")
+    return shared(found, share)
 
 
 def describe(
@@ -370,8 +385,9 @@ def _ask(
             engine.submit(
                 engine.codec.encode_chat(chat),
                 max_new_tokens=most,
+                sampling=Sampling(banned=engine.codec.absent(chat, labels.USER_SLOTS)),
                 stop_ids={engine.codec.end_id},
-                first=engine.manifest.first_token_rule(),
+                first=engine.first_token_rule(chat),
             )
             for chat in chats[start : start + 64]
         ]

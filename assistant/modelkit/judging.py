@@ -171,7 +171,6 @@ class _Asker:
     def __init__(self, engine: Engine, mask: Mask) -> None:
         assert engine.codec is not None and engine.manifest is not None
         self._engine, self._mask, self._codec = engine, mask, engine.codec
-        self._rule = engine.manifest.first_token_rule()
         self._names = {id_: name for name, id_ in engine.manifest.intents.items()}
 
     def verdicts(self, cases: Sequence[Case]) -> list[tuple[str, str]]:
@@ -198,14 +197,17 @@ class _Asker:
     def _answers(self, cases: Sequence[Case], tokens: int) -> Iterator[Generation]:
         for start in range(0, len(cases), _AT_ONCE):
             yield from [
-                self._engine.submit(
-                    self._codec.encode_chat([self._turn(*said) for said in case.turns]),
-                    max_new_tokens=tokens,
-                    stop_ids=self._codec.end_ids,
-                    first=self._rule,
-                )
+                self._ask([self._turn(*said) for said in case.turns], tokens)
                 for case in cases[start : start + _AT_ONCE]
             ]
+
+    def _ask(self, turns: Sequence[ChatTurn], tokens: int) -> Generation:
+        return self._engine.submit(
+            self._codec.encode_chat(turns),
+            max_new_tokens=tokens,
+            stop_ids=self._codec.end_ids,
+            first=self._engine.first_token_rule(turns),
+        )
 
     def _turn(self, role: str, text: str) -> ChatTurn:
         return ChatTurn(role, tuple(self._mask(text).parts))

@@ -51,6 +51,8 @@ SMALL_TALK = (
 )
 OUT_OF_SCOPE = "out_of_scope"
 INTENTS = (*SUPPORT, *SMALL_TALK, OUT_OF_SCOPE)
+#: Values that only the user can have given; an answer that shows one unasked has invented it.
+USER_SLOTS = frozenset({"Order Number", "Invoice Number", "Amount", "Date", "Email", "Phone"})
 PLACEHOLDERS = (
     "Order Number",
     "Invoice Number",

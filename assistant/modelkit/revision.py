@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from assistant.engine import Manifest
 from assistant.engine.manifest import MODEL
+from assistant.engine.wide import FILE as WIDE
+from assistant.engine.wide import Wide
 from assistant.modelkit import corpus, labels
 from assistant.modelkit.build import DETAILS, build, build_for
 from assistant.modelkit.corpus import Corpus, CorpusError, HeldOut
@@ -90,11 +92,12 @@ def revise(plan: Plan, mask: Mask, config: TrainConfig, progress: Progress) -> O
     before = judge(built, cases, golden, unseen, mask)
     progress(f"before: {before.line(len(cases))}")
     checkpoint = unpacked(built, plan.out) if built == plan.base else plan.base
+    wide = _revised_wide(checkpoint, cases, replay, mask, config.seed, progress)
     student, run = tune(
         checkpoint, cases, replay, mask, plan.out, config, manifest.calibration,
-        resume=plan.resume, progress=progress,
+        wide=wide, resume=plan.resume, progress=progress,
     )  # fmt: skip
-    weights = _keep_weights(student, checkpoint, plan, manifest)
+    weights = _keep_weights(student, wide, checkpoint, plan, manifest)
     with _draft(plan.out, _RESULT) as draft:
         prompts = _prompts(Encoder.load(checkpoint / "tokenizer.json"), mask, unseen, cases)
         progress(f"building ({manifest.quant}) and judging the revised model ...")
@@ -253,7 +256,26 @@ def _prompts(
     return [prompt_of(case, encoder, mask) for case in some]
 
 
-def _keep_weights(student: Any, checkpoint: Path, plan: Plan, base: Manifest) -> Path:
+def _revised_wide(
+    checkpoint: Path,
+    cases: Sequence[Case],
+    replay: Corpus,
+    mask: Mask,
+    seed: int,
+    progress: Progress,
+) -> Wide | None:
+    """The table of the base, told the corrections; None where the base has none."""
+    if not (checkpoint / WIDE).is_file():
+        return None
+    from assistant.modelkit import wide
+
+    progress("telling the wide half ...")
+    return wide.revise(Wide.load(checkpoint, len(wide.TOPICS)), cases, replay, mask, seed)
+
+
+def _keep_weights(
+    student: Any, wide: Wide | None, checkpoint: Path, plan: Plan, base: Manifest
+) -> Path:
     """``OUT/weights``: the tuned checkpoint, with the base's calibration."""
     from assistant.modelkit.student import save_checkpoint
 
@@ -263,6 +285,8 @@ def _keep_weights(student: Any, checkpoint: Path, plan: Plan, base: Manifest) ->
     with _draft(plan.out, _WEIGHTS) as draft:
         save_checkpoint(student, draft)
         shutil.copyfile(checkpoint / "tokenizer.json", draft / "tokenizer.json")
+        if wide is not None:
+            wide.save(draft)
         _write_whole(draft / DETAILS, own)
     return plan.out / _WEIGHTS
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from assistant.modelkit.labels import USER_SLOTS
+
 Floats = NDArray[np.float64]
 
 
@@ -294,8 +296,6 @@ def _hits(scored: Sequence[tuple[Pair, float]]) -> Hits:
 # -- answers -----------------------------------------------------------------------------------
 
 _PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
-#: Values that only the user can have given; an answer that shows one unasked has invented it.
-USER_SLOTS = frozenset({"Order Number", "Invoice Number", "Amount", "Date", "Email", "Phone"})
 
 
 def placeholders_ok(answer: str, values: Mapping[str, str], known: frozenset[str]) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from assistant.engine.manifest import Calibration
+from assistant.engine.wide import Opinion, Wide
 from assistant.modelkit import labels, scoring
 from assistant.modelkit.calibrate import Scores
 from assistant.modelkit.corpus import Corpus, CorpusError, Sample, Turn
@@ -39,6 +40,7 @@ from assistant.modelkit.examples import (
 )
 from assistant.modelkit.tokens import Encoder, Mask
 from assistant.modelkit.train import Loss, Progress, Run
+from assistant.modelkit.wide import TOPICS, chat
 
 if TYPE_CHECKING:
     import torch
@@ -278,10 +280,13 @@ def tune(
     config: TrainConfig,
     fitted: Calibration,
     *,
+    wide: Wide | None = None,
     resume: bool = False,
     progress: Progress = lambda line: None,
 ) -> tuple[Student, Run]:
     """The checkpoint ``base`` once it has learned ``cases``, and the run that taught it.
+
+    ``wide``: the table beside it, which was told already: what it has learned the network need not.
 
     ``fitted``: the base's calibration, which stays. An interrupted run keeps a checkpoint in
     ``folder`` for ``resume``. Raises: CorpusError.
@@ -300,9 +305,11 @@ def tune(
     if resume and _resumed(run):
         progress(f"resumed at step {run.steps:,}, {run.elapsed_s / 60:.1f} minutes in")
     prompts = [prompt_of(case, encoder, mask) for case in cases]
-    look = _Look(encoder, prompts, [case.intent for case in cases], fitted)
+    priors = [wide.opinion(chat(case.turns, mask), TOPICS) for case in cases] if wide else []
+    look = _Look(encoder, prompts, [case.intent for case in cases], fitted, priors)
+    least = 0 if wide and not any(case.answer for case in cases) else _LEAST_STEPS
     try:
-        _loop(run, maker, HoldingLoss(encoder, config, old), look, progress)
+        _loop(run, maker, HoldingLoss(encoder, config, old), look, least, progress)
     finally:
         run.save()
     model.load_state_dict(run.average)
@@ -318,15 +325,21 @@ class _Look:
         prompts: Sequence[Sequence[int]],
         wanted: Sequence[str],
         fitted: Calibration,
+        priors: Sequence[Opinion],
     ) -> None:
         self._encoder, self._prompts, self._wanted = encoder, prompts, wanted
-        self._fitted = fitted
+        self._fitted, self._priors = fitted, priors
 
     def __call__(self, run: Run) -> tuple[list[bool], ...]:
         current = {name: value.clone() for name, value in run.model.state_dict().items()}
         run.model.load_state_dict(run.average)
         scores = first_scores(run.model, self._encoder, self._prompts)
         run.model.load_state_dict(current)
+        if self._priors:
+            scores = Scores(
+                scores.intents + np.array([one.intents for one in self._priors]),
+                scores.scope + np.array([one.scope for one in self._priors]),
+            )
         return learned(scores, self._wanted, self._fitted)
 
 
@@ -340,7 +353,9 @@ def _resumed(run: Run) -> bool:
         ) from error
 
 
-def _loop(run: Run, maker: Drawer, loss: HoldingLoss, look: _Look, progress: Progress) -> None:
+def _loop(
+    run: Run, maker: Drawer, loss: HoldingLoss, look: _Look, least: int, progress: Progress
+) -> None:
     """Steps until every case is learned, or the minutes are over."""
     began, before = time.monotonic(), run.elapsed_s
     said = saved = began
@@ -350,7 +365,7 @@ def _loop(run: Run, maker: Drawer, loss: HoldingLoss, look: _Look, progress: Pro
         if run.steps % _LOOK_EVERY == 0 or run.progress >= 1:
             right, sure = look(run)
             maker.unlearned = [one for one, done in zip(maker.cases, sure, strict=True) if not done]
-            over = run.progress >= 1 or (run.steps >= _LEAST_STEPS and all(sure))
+            over = run.progress >= 1 or (run.steps >= least and all(sure))
             if over or time.monotonic() - said > 10:
                 progress(_line(run, parts, sum(right), sum(sure), len(right)))
                 said = time.monotonic()

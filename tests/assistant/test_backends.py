@@ -339,9 +339,23 @@ async def test_the_latest_of_two_order_numbers_is_meant(make_onnx: MakeOnnx) -> 
 
 async def test_what_nobody_knows_becomes_plain_words(make_onnx: MakeOnnx) -> None:
     backend = make_onnx()
-    Say(backend, "Have ", "{{Order Number}}", " ready, write to ", "{{Support Email}}", ".")
+    Say(backend, "Go to ", "{{Website}}", " or write to ", "{{Support Email}}", ".")
     text = text_of(await events_of(backend))
-    assert text == "Have your order number ready, write to our support e-mail address."
+    assert text == "Go to our website or write to our support e-mail address."
+
+
+async def test_what_only_a_user_can_give_is_written_only_once_it_is_given(
+    make_onnx: MakeOnnx,
+) -> None:
+    backend = make_onnx()
+    Say(backend, "{{Order Number}}")
+    assert "order number" not in text_of(await events_of(backend, max_new_tokens=1))
+    backend = make_onnx()
+    Say(backend, "{{Order Number}}")
+    assert text_of(await events_of(backend, [Message("user", "stop 48213377")])) == "48213377"
+    backend = make_onnx()
+    Say(backend, "{{Order Number}}")
+    assert text_of(await events_of(backend, facts={"Order Number": "A-1"})) == "A-1"
 
 
 async def test_a_fact_of_the_caller_fills_its_placeholder(make_onnx: MakeOnnx) -> None:

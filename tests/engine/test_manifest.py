@@ -325,3 +325,13 @@ def test_a_cut_model_is_refused_even_when_the_manifest_vouches_for_it(folder: Pa
         rehash(folder)
         with pytest.raises(ManifestError, match="is not an ONNX model"):
             Manifest.load(folder)
+
+
+def test_the_digest_changes_with_every_file_and_with_what_was_fitted(folder: Path) -> None:
+    manifest = Manifest.load(folder)
+    files = manifest.files
+    other = {**files, "wide.npz": FileEntry("0" * 64, 1)}
+    calibration = replace(manifest.calibration, answer_from=0.61)
+    changed = [replace(manifest, files=other), replace(manifest, calibration=calibration)]
+    assert len({manifest.digest, *(one.digest for one in changed)}) == 3
+    assert replace(manifest, name="x", version="y", quality={"a": 1}).digest == manifest.digest

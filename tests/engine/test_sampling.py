@@ -188,3 +188,17 @@ def test_the_verdict_stands_extreme_scores() -> None:
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_one_answer_must_not_have_its_neighbour_may(temperature: float) -> None:
+    sampler = Sampler(4, 6)
+    row = np.log(np.array([0.9, 0.06, 0.01, 0.01, 0.01, 0.01], np.float32))
+    sampler.open(0, Sampling(temperature=temperature, banned=(0,), seed=1), [0])
+    sampler.open(1, Sampling(), [0])
+    ids = [sampler.choose(np.stack([row, row]), [0, 1])[0].tolist() for _ in range(20)]
+    assert all(first != 0 and second == 0 for first, second in ids)
+    sampler.move(0, 3)
+    assert sampler.choose(row[None].copy(), [3])[0][0] != 0
+    sampler.open(3, Sampling(), [0])  # whoever has the slot next is free
+    assert sampler.choose(row[None].copy(), [3])[0][0] == 0
