@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.http import HttpResponseBase, StreamingHttpResponse
 from rest_framework.request import Request
@@ -26,6 +25,7 @@ from assistant.errors import (
     NotFound,
     Overloaded,
 )
+from assistant.threads import waited
 from conversations import limits, openai_request, openai_wire, wire
 from conversations.access import caller_of
 from conversations.counting import Places
@@ -151,7 +151,7 @@ def _embedded(caller: Caller, backend: Backend, texts: list[str]) -> Sequence[Ve
     if not _reading.take(caller.key, most):
         raise limits.TooMany(f"{most} requests are being read for you. Wait for one to end.")
     try:
-        return async_to_sync(_in_time)(backend, texts)
+        return waited(_in_time, backend, texts)
     finally:
         _reading.give_back(caller.key)
 
@@ -179,7 +179,7 @@ def _answer(
     if asked.stream:
         return _streamed(choices, reply, limits)
     try:
-        ends = async_to_sync(_ends)(choices)
+        ends = waited(_ends, choices)
     finally:
         choices.close()
     headers = {"X-Assistant-Route": ends[0].source.route, **limits}
@@ -213,7 +213,7 @@ def _streamed(choices: Choices, reply: Reply, limits: dict[str, str]) -> HttpRes
         return reply.broken(error) if error is not None else reply.piece(part)
 
     try:
-        first = async_to_sync(choices.peek)()
+        first = waited(choices.peek)
     except BaseException:
         choices.close()
         raise

@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.contrib.auth import views as auth_views
 from django.contrib.auth.forms import AuthenticationForm
@@ -43,6 +42,7 @@ from rest_framework.views import APIView
 
 from assistant import backends
 from assistant.errors import AssistantError, Conflict, InvalidRequest, NotFound
+from assistant.threads import waited
 from conversations import wire
 from conversations.access import VISITOR, GuardedLogin, caller_of, caller_of_page
 from conversations.idempotency import Once, run_once
@@ -214,7 +214,7 @@ def _answered(begun: Turn | Message, transport: str) -> HttpResponseBase:
     limits = wire.limit_headers(begun.caller.standings, "")
     if transport == "sse":
         return _streamed(begun.read(), limits)
-    message = async_to_sync(begun.result)()
+    message = waited(begun.result)
     headers = {"X-Assistant-Route": message.route, **limits}
     return Response(wire.message_json(message), headers=headers)
 
@@ -226,7 +226,7 @@ def _answered_again(message: Message, transport: str) -> HttpResponseBase:
         return _streamed(reader_of(message, 0) or Stored(message, 0), again)
     turn = running.get(message.conversation_id)
     if turn is not None and turn.message.pk == message.pk:
-        message = async_to_sync(turn.result)()
+        message = waited(turn.result)
     else:
         message.refresh_from_db(fields=list(RESULT_FIELDS))  # it may have ended a moment ago
         note_siblings([message])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +324,23 @@ def test_daphne_and_uvicorn_serve_the_same_database(stack: Stack, tmp_path: Path
         headers = {"Authorization": f"Bearer {stack.token}"}
         listed = httpx2.get(f"{other.http}{client.path}", headers=headers, timeout=20).json()
     assert {message["text"] for message in listed["results"]} == {"told to uvicorn"}
+
+
+def test_who_waits_for_an_answer_holds_no_connection(
+    shared_redis: Redis, postgres: str, tmp_path: Path
+) -> None:
+    """Three times as many at once as the pool has connections, each for a second."""
+    limits = {"ASSISTANT_RATE": "1000/m", "ASSISTANT_MAX_TURNS_PER_CALLER": "100"}
+    with (
+        stacked(tmp_path, shared_redis, postgres, **limits) as stack,
+        ThreadPoolExecutor(30) as pool,
+        contextlib.ExitStack() as clients,
+    ):
+        asked = [clients.enter_context(Client(stack.server.http, stack.token)) for _ in range(30)]
+        began = time.monotonic()
+        said = "/echo delay=0.05 words=20 word"
+        replies = list(pool.map(lambda client: client.rest(said), asked))
+        took = time.monotonic() - began
+    assert [reply.status_code for reply in replies] == [200] * 30
+    assert {reply.json()["status"] for reply in replies} == {"complete"}
+    assert took < 15
