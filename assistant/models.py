@@ -26,7 +26,9 @@ class ModelVersion(models.Model):
 
     name = models.CharField(max_length=60)
     version = models.CharField(max_length=40)
-    sha256 = models.CharField(max_length=64, unique=True, help_text="Of its model.onnx.")
+    sha256 = models.CharField(
+        max_length=64, unique=True, help_text="Manifest.digest of its folder."
+    )
     folder = models.CharField(max_length=500)
     state = models.CharField(max_length=10, choices=State, default=State.CANDIDATE)
     #: Share of conversations, in percent, while it is the canary.

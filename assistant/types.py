@@ -39,6 +39,9 @@ class Params:
     #: Who asks: a backend may reuse what it computed for earlier turns, and share its queue fairly,
     #: within one scope. Empty: nobody in particular.
     scope: str = ""
+    #: Whoever has the same is answered by the same version of a model while two are on trial: a
+    #: conversation's id, else the caller. Empty: the version that answers everybody else.
+    sticky: str = ""
     #: Values the caller knows about this user, by placeholder name; they win over settings.
     facts: dict[str, str] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ from django.urls import include, path
 
 from conversations import reference, tokens, views
 from conversations.access import GuardedAdminLogin
+from monitoring import admin_overview
 from monitoring import views as health
 
 admin.site.site_header = admin.site.site_title = "Inhouse"
@@ -20,6 +21,7 @@ urlpatterns = [
     path("accounts/tokens/", tokens.Tokens.as_view(), name="tokens"),
     path("api/schema/", reference.Schema.as_view(), name="schema"),
     path("api/docs/", reference.docs, name="docs"),
+    path("admin/monitoring/", admin.site.admin_view(admin_overview.page), name="monitoring"),
     path("admin/", admin.site.urls),
     path("livez", health.livez, name="livez"),
     *(path(name, health.readyz, name=name) for name in ("readyz", "healthz", "health")),

@@ -34,7 +34,7 @@ from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
 from assistant.errors import RateLimited
-from conversations.limits import Caller, client_address, take_login
+from conversations.limits import Caller, client_address, take_login, traceparent
 from conversations.models import ApiToken
 
 #: Key inside the session; its value owns a visitor's conversations, across a new cookie at login.
@@ -259,6 +259,7 @@ def request_id_middleware(get_response: Callable[[HttpRequest], Any]) -> Callabl
         given = request.headers.get("x-request-id", "")
         name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request.request_id = name  # type: ignore[attr-defined]
+        traceparent.set(request.headers.get("traceparent", ""))
         return name
 
     if iscoroutinefunction(get_response):

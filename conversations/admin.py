@@ -17,6 +17,10 @@ from django.utils.html import format_html
 
 from conversations.models import Conversation, Feedback, Message
 
+#: Why somebody else answered, or the model with caution.
+REASONS = (
+    *("caution", "low_confidence", "out_of_scope", "overload", "timeout", "breaker_open", "error"),
+)
 #: Messages shown below a conversation; the rest are behind the message list's filter.
 INLINE_MESSAGES = 200
 
@@ -84,6 +88,38 @@ class RouteFilter(AnswerFilter):
     title, parameter_name, field = "route of an answer", "route", "route"
 
 
+class ReasonFilter(admin.SimpleListFilter):
+    """Why an answer was not the model's best; ``any`` for all of these."""
+
+    title, parameter_name = "degraded reason", "degraded_reason"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("any", "any"), *((reason, reason.replace("_", " ")) for reason in REASONS)]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        reason = self.value()
+        if reason == "any":
+            return queryset.exclude(degraded_reason="")
+        return queryset.filter(degraded_reason=reason) if reason else queryset
+
+
+class ModelFilter(admin.SimpleListFilter):
+    """Models of the newest answers; to look through all of them would take seconds."""
+
+    NEWEST = 2_000
+    title, parameter_name = "model", "model"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        newest = Message.objects.order_by("-created_at").values_list("model", flat=True)
+        found = {name for name in newest[: self.NEWEST] if name}
+        if (chosen := self.value()) is not None:
+            found.add(chosen)
+        return [(name, name) for name in sorted(found)]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        return queryset.filter(model=self.value()) if self.value() else queryset
+
+
 class CheapList(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
     paginator = CheapPaginator
     show_full_result_count = False
@@ -104,7 +140,7 @@ class ConversationAdmin(CheapList):
 @admin.register(Message)
 class MessageAdmin(CheapList):
     list_display = ["shortened", "role", "status", "route", "degraded_reason", "created_at"]
-    list_filter = ["status", "route", "role"]
+    list_filter = ["status", "route", ReasonFilter, ModelFilter, "role", "created_at"]
     search_fields = ["text"]
     ordering = ["-created_at", "-id"]
 
@@ -118,7 +154,7 @@ class FeedbackAdmin(CheapList):
     """What readers thought of answers, with the way to the conversation."""
 
     list_display = ["value", "reason", "text", "answer", "conversation", "created_at"]
-    list_filter = ["value", "reason", "message__route"]
+    list_filter = ["value", "reason", "message__route", "created_at"]
     list_select_related = ["message__conversation"]
     search_fields = ["text"]
     fields = ("value", "reason", "text", "answer", "conversation", "created_at")

@@ -25,7 +25,7 @@ from conversations.access import (
     credential_of_socket,
 )
 from conversations.idempotency import Once, run_once
-from conversations.limits import Caller, Seat, TooMany
+from conversations.limits import Caller, Seat, TooMany, traceparent
 from conversations.log import Reader
 from conversations.logins import Watch, watched
 from conversations.models import Conversation, Message, note_siblings
@@ -107,6 +107,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     # -- the inbox
 
     async def _serve(self) -> None:
+        traceparent.set(dict(self.scope["headers"]).get(b"traceparent", b"").decode("latin-1"))
         code = await self._enter()
         if code is not None:
             await self._end(code)

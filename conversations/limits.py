@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from django.conf import settings
@@ -46,6 +47,8 @@ class Caller:
         return f"user:{self.user_id}" if self.user_id else f"address:{self.address}"
 
 
+#: The ``traceparent`` header of the request or socket that is served, for observers; unchecked.
+traceparent: ContextVar[str] = ContextVar("traceparent", default="")
 #: Sent for each refusal, with ``scope``: the name of the limit that was reached.
 refused = Signal()
 

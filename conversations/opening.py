@@ -76,7 +76,8 @@ def first_run(
 ) -> Opened:
     """A new question. Raises: AssistantError."""
     ask = _ask(caller, conversation, text, before=None, params=params)
-    return _store_question(caller, conversation, text, ask, once)
+    opened = _store_question(caller, conversation, text, ask, once)
+    return replace(opened, ask=_stuck(ask, opened.conversation))
 
 
 def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
@@ -85,7 +86,7 @@ def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
     limits.take(caller)
     asked = _question_of(message)
     ask = _ask(caller, message.conversation, asked.text, before=asked.seq, params=None)
-    return _store_retry(message, ask)
+    return _store_retry(message, _stuck(ask, message.conversation))
 
 
 def passing_run(caller: Caller, said: Said, params: types.Params, steps: tuple[str, ...]) -> Opened:
@@ -110,7 +111,12 @@ def new_version(
     ask = _ask(
         caller, message.conversation, text or asked.text, before=asked.seq, params=_again(text)
     )
-    return _store_version(caller, message, text, ask, once)
+    return _store_version(caller, message, text, _stuck(ask, message.conversation), once)
+
+
+def _stuck(ask: Ask, conversation: Conversation) -> Ask:
+    """All of a conversation is answered by one version of the model, while two are on trial."""
+    return replace(ask, params=replace(ask.params, sticky=str(conversation.pk)))
 
 
 def _again(text: str | None) -> types.Params | None:
@@ -135,7 +141,7 @@ def _ask(
 def _ask_of(caller: Caller, said: Said, params: types.Params) -> Ask:
     """The same, of what was said. Raises: ContextTooLong."""
     known = {**facts.known_facts(_user(caller)), **params.facts}
-    params = replace(params, scope=caller.key, facts=known)
+    params = replace(params, scope=caller.key, sticky=caller.key, facts=known)
     count, budget = _measure(params)
     system = _system(said.system, budget, count)
     budget -= sum(count(message.text) + history.TOKENS_PER_MESSAGE for message in system)
@@ -211,6 +217,15 @@ def _earlier(
                 pairs.append((types.Message("user", row.text), said))
             answer, added = None, []
     return pairs[::-1]
+
+
+def said_before(answer: Message) -> Said:
+    """The question of that answer, which is shown, and what was said before it.
+
+    Raises: NotFound if the question is gone.
+    """
+    asked = _question_of(answer)
+    return Said(asked.text, tuple(_earlier(answer.conversation, asked.seq)))
 
 
 def _answered_as(answer: Message) -> str | None:

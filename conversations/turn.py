@@ -91,6 +91,12 @@ class TurnRecord:
     #: Of an engine here: in its queue, and from there to its first token.
     queue_ms: float | None = None
     prefill_ms: float | None = None
+    #: When it was asked (Unix time, s), how long it took until it was let in, and to be stored.
+    asked_at: float = 0.0
+    admit_ms: float = 0.0
+    persist_ms: float = 0.0
+    #: The caller's ``traceparent``, if one was sent.
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +128,19 @@ class _Progress:
         return "".join(self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """When a question came, on both clocks, and from which trace."""
+
+    at: float = field(default_factory=time.time)
+    monotonic: float = field(default_factory=time.monotonic)
+    trace: str = field(default_factory=limits.traceparent.get)
+
+
 @contextmanager
-def _refusals_told(transport: str) -> Iterator[None]:
+def _refusals_told(transport: str) -> Iterator[_Asked]:
     try:
-        yield
+        yield _Asked()
     except (RateLimited, Overloaded) as error:
         turn_refused.send_robust(sender=Turn, transport=transport, code=error.code)
         raise
@@ -137,12 +152,20 @@ def _refusals_told(transport: str) -> Iterator[None]:
 class Turn:
     """One running answer. ``open`` or ``retry`` makes it, reading runs it, ``close`` stops it."""
 
-    def __init__(self, opened: opening.Opened, caller: Caller, transport: str) -> None:
+    def __init__(
+        self,
+        opened: opening.Opened,
+        caller: Caller,
+        transport: str,
+        asked: _Asked | None = None,
+    ) -> None:
         self.conversation_id = opened.conversation.pk
         self.message = opened.answer
         self.caller = caller
         self.transport = transport
         self.opened_at = time.monotonic()
+        self._came = asked or _Asked()
+        self._persist_s = 0.0
         self._ask = opened.ask
         self._stored = opened.stored
         self._progress = _Progress()
@@ -185,17 +208,18 @@ class Turn:
         once: Once | None = None,
     ) -> Turn:
         """A turn whose question is stored. Raises: AssistantError, and then nothing is stored."""
-        with _refusals_told(transport):
+        with _refusals_told(transport) as asked:
             question = limits.admit(caller, text)
             with running.room_for(caller):
                 opened = opening.first_run(caller, conversation, question, params, once)
-                return running.add(cls(opened, caller, transport))
+                return running.add(cls(opened, caller, transport, asked))
 
     @classmethod
     def retry(cls, caller: Caller, message_id: uuid.UUID, *, transport: str = "rest") -> Turn:
         """A turn that writes a broken answer again, in place. Raises: AssistantError."""
-        with _refusals_told(transport), running.room_for(caller):
-            return running.add(cls(opening.another_run(caller, message_id), caller, transport))
+        with _refusals_told(transport) as asked, running.room_for(caller):
+            opened = opening.another_run(caller, message_id)
+            return running.add(cls(opened, caller, transport, asked))
 
     @classmethod
     def passing(
@@ -211,11 +235,11 @@ class Turn:
 
         ``steps``: who may answer, instead of the whole route. Raises: AssistantError.
         """
-        with _refusals_told(transport):
+        with _refusals_told(transport) as asked:
             limits.admit(caller, said.question)
             with running.room_for(caller):
                 opened = opening.passing_run(caller, said, params, steps)
-                return running.add(cls(opened, caller, transport))
+                return running.add(cls(opened, caller, transport, asked))
 
     @classmethod
     def regenerate(
@@ -227,9 +251,9 @@ class Turn:
         once: Once | None = None,
     ) -> Turn:
         """A turn that writes another answer beside that one. Raises: AssistantError."""
-        with _refusals_told(transport), running.room_for(caller):
+        with _refusals_told(transport) as asked, running.room_for(caller):
             opened = opening.new_version(caller, message_id, None, once)
-            return running.add(cls(opened, caller, transport))
+            return running.add(cls(opened, caller, transport, asked))
 
     @classmethod
     def edit(
@@ -243,9 +267,9 @@ class Turn:
     ) -> Turn:
         """A turn that answers that question put differently. Raises: AssistantError."""
         limits.valid_text(text, limit=settings.ASSISTANT_MAX_TEXT_CHARS)
-        with _refusals_told(transport), running.room_for(caller):
+        with _refusals_told(transport) as asked, running.room_for(caller):
             opened = opening.new_version(caller, message_id, text, once)
-            return running.add(cls(opened, caller, transport))
+            return running.add(cls(opened, caller, transport, asked))
 
     # -- reading
 
@@ -375,8 +399,11 @@ class Turn:
 
     async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
         for pause in (*SAVE_PAUSES_S, None):
+            begun = time.monotonic()
             try:
-                return await in_thread(self._save, ending, error)
+                message = await in_thread(self._save, ending, error)
+                self._persist_s = time.monotonic() - begun
+                return message
             except Exception as problem:
                 log.error("answer %s not saved: %s", self.message.pk, type(problem).__name__)
                 if pause is None:
@@ -477,6 +504,10 @@ class Turn:
             stored=self._stored,
             queue_ms=_ms(started.queue_s if started else None),
             prefill_ms=_ms(started.prefill_s if started else None),
+            asked_at=self._came.at,
+            admit_ms=(self.opened_at - self._came.monotonic) * 1000,
+            persist_ms=self._persist_s * 1000,
+            trace=self._came.trace,
         )
         for receiver, answer in turn_finished.send_robust(sender=Turn, record=record):
             if isinstance(answer, Exception):

@@ -143,8 +143,8 @@ def normalised(text: str) -> str:
 
 def _chosen(params: Params) -> dict[str, Any]:
     """How the answer was asked to be written: every parameter but who asks and what is known."""
-    names = (field.name for field in fields(params))
-    return {name: getattr(params, name) for name in names if name not in {"scope", "facts"}}
+    names = {field.name for field in fields(params)} - {"scope", "sticky", "facts"}
+    return {name: getattr(params, name) for name in names}
 
 
 def _digest(*parts: Any) -> str:
@@ -265,7 +265,7 @@ class Flight:
     """One answer being made. ``answer``: somebody made it already; else make it and ``land``."""
 
     def __init__(self, key: Key, answer: Answer | None = None) -> None:
-        self.answer = answer
+        self.answer, self.model = answer, key.model
         self._key, self._begun = key, _clock()
         self._waiting: asyncio.Future[_Outcome] | None = None
         self._lock = ""

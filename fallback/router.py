@@ -256,12 +256,21 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
         yield event
         if isinstance(event, Finished) and begun and _worth_keeping(begun, event, reason):
             answer = cache.Answer("".join(parts), begun.intent or "", begun.model)
-            if way.flight is not None:
+            if way.flight is not None and _as_expected(called, way, begun):
                 await way.flight.land(answer)
 
 
 def _worth_keeping(started: Started, finished: Finished, reason: str) -> bool:
     return finished.reason == "stop" and started.band == "answer" and not reason
+
+
+def _as_expected(called: str, way: _Way, begun: Started) -> bool:
+    """Whether the version wrote that the answer would be kept for: another may have taken over
+    meanwhile, or stood in for one that could not."""
+    if called != "model" or way.flight is None:
+        return True
+    name, known, _ = way.flight.model.rpartition(":")
+    return not known or name == begun.model
 
 
 def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
@@ -320,7 +329,7 @@ def key_of(ask: Ask) -> cache.Key | None:
     """Where the answer is kept; None also for a backend whose answers are not worth keeping."""
     alias = backends.answering()
     try:
-        version = backends.get(alias).version() if alias else ""
+        version = backends.get(alias).version(ask.params) if alias else ""
     except AssistantError:
         return None
     if not version:

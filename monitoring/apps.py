@@ -9,10 +9,27 @@ class MonitoringConfig(AppConfig):
     verbose_name = "Monitoring"
 
     def ready(self) -> None:
-        from monitoring import draining, logs, metrics, reading
+        from monitoring import (
+            draining,
+            drift,
+            jobs,
+            logs,
+            loop,
+            metrics,
+            reading,
+            shadow,
+            shadowing,
+            tracing,
+        )
 
         metrics.connect()
         logs.connect()
+        tracing.connect()
         draining.obey()
+        shadowing.connect()
+        reading.SOURCES["shadow"] = shadow.readings
+        reading.SOURCES["drift"] = drift.readings
+        reading.SOURCES["jobs"] = jobs.last_successes
+        reading.SOURCES["evaluation"] = loop.latest_scores
         if settings.PROMETHEUS_MULTIPROC_DIR:
             reading.copy_from_now_on()

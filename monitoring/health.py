@@ -120,6 +120,8 @@ class Checker:
             return Health("unavailable", problems)
         if missing:
             return Health("degraded", {"model": f"{missing} Rules answer meanwhile."})
+        if version := _version():
+            return Health("degraded", {"version": f"{version} The one before answers meanwhile."})
         return Health("ready", {})
 
 
@@ -140,6 +142,11 @@ def _database() -> str:
     except DatabaseError as error:
         return f"The database does not answer ({type(error).__name__})."
     return ""
+
+
+def _version() -> str:
+    """A version that should answer, but cannot be loaded here."""
+    return " ".join(filter(None, (backend.problem() for backend in backends.built().values())))
 
 
 def _queue() -> str:

@@ -61,7 +61,7 @@ def _cut(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing
 
 def log_turn(*, record: TurnRecord, **_: Any) -> None:
     level = logging.ERROR if record.status == "failed" else logging.INFO
-    log.log(level, "generation_finished", extra=_figures(record) | _content(record))
+    log.log(level, "generation_finished", extra=_figures(record) | said(record))
 
 
 def _figures(record: TurnRecord) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def _content(record: TurnRecord) -> dict[str, Any]:
+def said(record: TurnRecord) -> dict[str, Any]:
     """Question and answer without personal values, if settings ask for them. Sync: a query."""
     if not (settings.ASSISTANT_LOG_CONTENT and record.stored):
         return {}

@@ -259,9 +259,18 @@ SHADOW = Gauge(
     ["model"],
     multiprocess_mode="livemostrecent",
 )
+SHADOWED = Counter(
+    "assistant_shadow_turns",
+    "Turns that were sampled for the candidate in shadow, by what became of them.",
+    ["result"],
+)
+ROLLED_BACK = Counter(
+    "assistant_canary_rollbacks",
+    "Canaries that were taken back by themselves, being worse than the active model.",
+)
 DRIFT = Gauge(
     "assistant_drift_score",
-    "How far today's questions are from those of the reference window.",
+    "How far today's questions are from those of the reference window; 1: as far as the threshold.",
     ["feature"],
     multiprocess_mode="livemostrecent",
 )
@@ -306,6 +315,8 @@ def first_values() -> None:
         LIMITED.labels(scope)
     for value in Feedback.Value.values:
         FEEDBACK.labels(value)
+    for result in ("pair", "skipped", "disturbed", "dropped", "error"):
+        SHADOWED.labels(result)
 
 
 # --- What feeds them -----------------------------------------------------------------------------

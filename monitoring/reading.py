@@ -74,8 +74,10 @@ def _try(name: str, part: Callable[[], None]) -> None:
 
 # --- Engines and running answers -----------------------------------------------------------------
 
-#: What each engine had counted when it was last read.
-_before: dict[str, EngineStats] = {}
+#: What each engine had counted when it was last read, by alias and model.
+_before: dict[tuple[str, str], EngineStats] = {}
+#: Labels of the models that were loaded then.
+_loaded: set[tuple[str, ...]] = set()
 _TOKEN_KINDS = {
     "read": "prompt_tokens",
     "reused": "reused_tokens",
@@ -88,15 +90,21 @@ _shown: set[str] = set()
 
 def _read_engines() -> None:
     counted = _turns_elsewhere()
+    loaded: set[tuple[str, ...]] = set()
     for alias, backend in backends.built().items():
-        engine = backend.loaded()
-        if engine is not None and engine.manifest is not None:
+        for engine in backend.engines():
+            if engine.manifest is None:
+                continue
             model = metrics.model_label(_name(engine))
             stats = engine.stats()
-            _show(engine, model, stats)
-            _add(model, stats, _before.get(alias))
-            _before[alias] = stats
+            loaded.add(_show(engine, model, stats))
+            _add(model, stats, _before.get((alias, model)))
+            _before[alias, model] = stats
             counted[model] = stats.running
+    for gone in _loaded - loaded:
+        metrics.MODEL_INFO.labels(*gone).set(0)
+    _loaded.clear()
+    _loaded.update(loaded)
     for model in _shown.union(counted):
         metrics.RUNNING.labels(model).set(counted[model])
         if model not in _shown:
@@ -115,7 +123,8 @@ def _name(engine: Engine) -> str:
     return f"{engine.manifest.name}@{engine.manifest.version}"
 
 
-def _show(engine: Engine, model: str, stats: EngineStats) -> None:
+def _show(engine: Engine, model: str, stats: EngineStats) -> tuple[str, ...]:
+    """Its labels in ``MODEL_INFO``."""
     manifest = engine.manifest
     assert manifest is not None
     metrics.WAITING.labels(model).set(stats.waiting)
@@ -128,7 +137,9 @@ def _show(engine: Engine, model: str, stats: EngineStats) -> None:
     metrics.PREFILL_RATE.labels(model).set(stats.prefill_per_s)
     runtime = "onnxruntime" if manifest.runner == "packed" else f"onnxruntime-{manifest.runner}"
     loaded = stats.state == "running"
-    metrics.MODEL_INFO.labels(model, manifest.version, manifest.quant, runtime).set(loaded)
+    labels = (model, manifest.version, manifest.quant, runtime)
+    metrics.MODEL_INFO.labels(*labels).set(loaded)
+    return labels
 
 
 def _add(model: str, now: EngineStats, before: EngineStats | None) -> None:

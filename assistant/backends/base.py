@@ -74,9 +74,9 @@ class Backend(ABC):
         """Whether a system's text means anything to it; asked before one is passed on."""
         return True
 
-    def version(self) -> str:
+    def version(self, params: Params | None = None) -> str:
         """What its answers depend on besides the question; empty while unknown, or where they are
-        not worth keeping. Never waits."""
+        not worth keeping. Of several versions, the one that answers ``params``. Never waits."""
         return ""
 
     def expected_wait_s(self) -> float:
@@ -86,6 +86,15 @@ class Backend(ABC):
     def loaded(self) -> Engine | None:
         """The engine in this process, if it has one and it was loaded. Never loads, never waits."""
         return None
+
+    def engines(self) -> tuple[Engine, ...]:
+        """Every engine that was loaded in this process, as ``loaded``; that one comes first."""
+        engine = self.loaded()
+        return () if engine is None else (engine,)
+
+    def problem(self) -> str:
+        """What is wrong although it answers, for staff; empty if nothing is. Never waits."""
+        return ""
 
     def check(self) -> None:
         """Load whatever is loaded lazily. Raises: ModelUnavailable with what to do."""

@@ -31,7 +31,6 @@ from assistant.engine import (
     Verdict,
 )
 from assistant.engine import Overloaded as QueueFull
-from assistant.engine.manifest import MODEL
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -40,7 +39,8 @@ from assistant.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from assistant.facts import Filler, mask
+from assistant.facts import Filler, given, mask
+from assistant.modelkit.labels import USER_SLOTS
 from assistant.types import (
     Band,
     Delta,
@@ -112,11 +112,11 @@ class OnnxBackend(Backend):
         most = min(int(self.options.context_tokens), ready.manifest.context_tokens)
         return max(0, most - ready.codec.frame_tokens)
 
-    def version(self) -> str:
+    def version(self, params: Params | None = None) -> str:
         manifest = self._engine.manifest if self._engine is not None else None
         if manifest is None:
             return ""
-        return f"{manifest.name}@{manifest.version}:{manifest.files[MODEL].sha256[:12]}"
+        return f"{manifest.name}@{manifest.version}:{manifest.digest[:12]}"
 
     def expected_wait_s(self) -> float:
         return self._engine.expected_wait_s() if self._engine is not None else 0.0
@@ -206,14 +206,16 @@ class OnnxBackend(Backend):
             prompt = ready.codec.encode_chat(turns)
         except ValueError as error:
             raise InvalidRequest(f"The conversation cannot be read: {error}.") from error
-        generation = self._submit(ready, prompt, params)
+        generation = self._submit(ready, turns, prompt, params)
         try:
             async for event in self._events(ready, generation, params, values, len(prompt)):
                 yield event
         finally:
             generation.close()
 
-    def _submit(self, ready: _Ready, prompt: list[int], params: Params) -> Generation:
+    def _submit(
+        self, ready: _Ready, turns: Sequence[ChatTurn], prompt: list[int], params: Params
+    ) -> Generation:
         """Raises: Overloaded, ContextTooLong, InvalidRequest, GenerationFailed."""
         try:
             return ready.engine.submit(
@@ -225,9 +227,11 @@ class OnnxBackend(Backend):
                     top_k=params.top_k,
                     repetition_penalty=params.repetition_penalty,
                     seed=params.seed,
+                    # What nobody gave must not be spoken of as if they had.
+                    banned=ready.codec.absent(turns, USER_SLOTS - given(params.facts)),
                 ),
                 stop_ids=ready.codec.end_ids,
-                first=ready.manifest.first_token_rule(),
+                first=ready.engine.first_token_rule(turns),
                 scope=params.scope,
             )
         except QueueFull as error:

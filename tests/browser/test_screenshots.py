@@ -129,6 +129,25 @@ def test_the_admin(shop: Server, new_context: Any) -> None:
     assert _taken(page, "admin.png")
 
 
+@pytest.fixture(scope="module")
+def busy_shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The product after an imagined year."""
+    folder = tmp_path_factory.mktemp("busy")
+    manage(folder, "migrate", "-v0")
+    manage(folder, "shell", "-v0", stdin=CAST)
+    manage(folder, "shell", "-v0", "-c", "from tests.monitoring.shop_year import fill; fill()")
+    with serving("uvicorn", folder / "db.sqlite3", folder, **SUPPORT) as running:
+        yield running
+
+
+def test_the_page_of_figures(busy_shop: Server, new_context: Any) -> None:
+    page = new_context(viewport={"width": 1440, "height": 1160}).new_page()
+    Chat(page, busy_shop.http).open().sign_in("sam")
+    page.goto(busy_shop.http + "/admin/monitoring/?range=7d")
+    page.locator(".plots").wait_for()
+    assert _taken(page, "monitoring.png")
+
+
 def _taken(page: Any, name: str) -> bool:
     DOCS.mkdir(exist_ok=True)
     path: Path = DOCS / name

@@ -174,7 +174,7 @@ class Writing(EchoBackend):
     band = "answer"
     pause_s = 0.0
 
-    def version(self) -> str:
+    def version(self, params: Params | None = None) -> str:
         return "writing@1"
 
     def expected_wait_s(self) -> float:

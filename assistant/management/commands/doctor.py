@@ -143,12 +143,13 @@ def _model() -> Finding:
     from assistant.errors import ModelUnavailable
 
     options = settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]
-    backend = OnnxBackend("doctor", Options(**{**options, "max_batch": 1}))
+    folder, mend = _folder(options["model_dir"])
+    backend = OnnxBackend("doctor", Options(**{**options, "model_dir": folder, "max_batch": 1}))
     began = time.perf_counter()
     try:
         manifest = backend.engine.manifest
     except ModelUnavailable as error:
-        return Finding("model", "broken", str(error))
+        return Finding("model", "broken", str(error), mend)
     finally:
         backend.close()
     assert manifest is not None
@@ -164,6 +165,21 @@ def _model() -> Finding:
         f"{manifest.name} {manifest.version}, {manifest.quant}, {size:.1f} MB, "
         f"checked and started in {took:.1f} s",
     )  # fmt: skip
+
+
+def _folder(of_settings: str) -> tuple[str, str]:
+    """The folder of the version that should answer, and what to do if it cannot."""
+    from django.db import DatabaseError
+
+    from assistant import registry
+
+    try:
+        active = registry.active()
+    except DatabaseError:  # another line of the report tells that
+        active = None
+    if active is None:
+        return of_settings, ""
+    return active.folder, f"{active.label} is active: manage.py rollback_model"
 
 
 def _port(port: int) -> Finding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ class Command(BaseCommand):
             "  manage.py evaluate\n"
             "  manage.py evaluate --dataset questions.jsonl.gz --predictions answers.jsonl\n"
             "  manage.py evaluate --plot calibration.png  how far confidence can be trusted\n"
-            "  manage.py evaluate --fail-under 0.9        exit 1 if intent accuracy is lower\n\n"
+            "  manage.py evaluate --fail-under 0.9        exit 1 if intent accuracy is lower\n"
+            "  manage.py evaluate --save                  keep the figures, for the admin\n\n"
             'a row: {"query": "..."} or {"turns": [{"role", "text"}]}, plus any of intent, scope\n'
             "(in/out), answer, attack, id, kind"
         )
@@ -36,29 +39,33 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
         parser.add_argument("--predictions", type=Path, metavar="OUT", help="one line a row")
         parser.add_argument("--plot", type=Path, metavar="PNG", help="diagrams (needs matplotlib)")
+        parser.add_argument("--save", action="store_true", help="keep the figures, for the admin")
         parser.add_argument("--fail-under", type=_share, metavar="F", help="0..1, intent accuracy")
 
     def handle(self, *args: Any, **options: Any) -> None:
         from assistant.errors import AssistantError
         from assistant.modelkit import diagrams
         from monitoring import evaluation
+        from monitoring.jobs import JobError
 
         try:
             if options["plot"]:
                 diagrams.check(options["plot"])
             for path in (options["predictions"], options["plot"]):
                 _refuse_unwritable(path)
-            chosen = options["dataset"]
-            rows = evaluation.read_dataset(chosen) if chosen else evaluation.read_golden()
+            rows = _rows(options)
             if options["plot"] and not any(row.intent for row in rows):
                 raise CommandError("--plot needs rows with an intent, and there is none.")
+            began = time.monotonic()
             manifest, answers = self._answers(rows, options)
+            if options["save"]:
+                _save(rows, answers, time.monotonic() - began, options)
             report = evaluation.report(_name(manifest, options), rows, answers)
             if options["predictions"]:
                 _write_predictions(options["predictions"], answers)
             if options["plot"]:
                 _plot(options["plot"], report["model"], manifest, rows, answers)
-        except (evaluation.DatasetError, AssistantError, diagrams.DiagramError) as error:
+        except (evaluation.DatasetError, AssistantError, diagrams.DiagramError, JobError) as error:
             raise CommandError(str(error)) from error
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else _tables(report))
         self._judge(report, options["fail_under"])
@@ -94,6 +101,30 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
+
+
+def _rows(options: dict[str, Any]) -> Any:
+    """The dataset's; else the golden set's, with the cases of staff where they are to be compared.
+
+    Raises: DatasetError, LoopError.
+    """
+    from monitoring import evaluation, loop
+
+    if options["dataset"]:
+        return evaluation.read_dataset(options["dataset"])
+    return loop.golden_suite().rows if options["save"] else evaluation.read_golden()
+
+
+def _save(rows: Any, answers: Any, seconds: float, options: dict[str, Any]) -> None:
+    """Raises: LoopError."""
+    from assistant.models import ModelVersion
+    from monitoring import loop
+
+    model = loop.at(_folder(options))
+    version = ModelVersion.objects.filter(sha256=model.sha256).first()
+    name = options["dataset"].name.split(".")[0] if options["dataset"] else loop.GOLDEN
+    suite = loop.suite(name, rows)
+    loop.store(suite, replace(model, version=version), answers, seconds, "command")
 
 
 def _refuse_unwritable(path: Path | None) -> None:

@@ -1,0 +1,293 @@
+"""The sequential test by simulation, then on rows, then the roll-back it ends in."""
+
+from __future__ import annotations
+
+import math
+import random
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from assistant import registry
+from assistant.models import ModelVersion, VersionChange
+from conversations.models import Conversation, Feedback, Message
+from monitoring import canary
+from monitoring.canary import Talk, judge
+from tests.monitoring.conftest import Counted
+
+#: Seconds after which all processes are sure to know of the move.
+LATER = canary.SETTLE + timedelta(seconds=1)
+
+
+def talks(
+    seed: int, n: int, *, share: float = 0.1, errors: tuple[float, float] = (0.02, 0.02),
+    degraded: tuple[float, float] = (0.1, 0.1), thumbs: tuple[float, float] = (0.03, 0.03),
+    slower: float = 1.0, rush: bool = False,
+) -> list[Talk]:  # fmt: skip
+    """Conversations of (active, canary) with these rates; ``rush``: bad hours, for both alike."""
+    rng, found = random.Random(seed), []
+    for at in range(n):
+        mine = rng.random() < share
+        worse = 4.0 if rush and at // 250 % 2 else 1.0
+        took = worse * (slower if mine else 1.0) * math.exp(rng.gauss(0, 0.5))
+        found.append(
+            Talk(
+                mine,
+                errors=rng.random() < errors[mine] * worse,
+                degraded=rng.random() < degraded[mine] * worse,
+                thumbs_down=rng.random() < thumbs[mine],
+                first_word=[20 * took],
+                duration=[80 * took * math.exp(rng.gauss(0, 0.3))],
+            )
+        )
+    return found
+
+
+# -- the bets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odds", canary.ODDS)
+@pytest.mark.parametrize(("n", "hits"), [(2, 0), (2, 1), (2, 2), (10, 1), (10, 4), (51, 50)])
+def test_a_bet_on_a_hit_is_fair_whoever_of_the_block_is_the_canary(
+    odds: float, n: int, hits: int
+) -> None:
+    block = [1.0] * hits + [0.0] * (n - hits)
+    paid = [canary._fair_hit(odds, block[i], block[:i] + block[i + 1 :]) for i in range(n)]
+    assert sum(paid) / n == pytest.approx(1.0)
+    assert min(paid) > 0
+
+
+@pytest.mark.parametrize("tilt", canary.TILTS)
+@pytest.mark.parametrize("block", [[1.0, 2.0], [5.0, 5.0, 5.0], [1.0, 1.0, 3.0, 9.0, 9.0]])
+def test_a_bet_on_a_rank_is_fair_too_and_forgives_a_little(
+    tilt: float, block: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mean() -> float:
+        paid = [
+            canary._fair_rank(tilt, block[i], block[:i] + block[i + 1 :]) for i in range(len(block))
+        ]
+        assert min(paid) > 0
+        return sum(paid) / len(paid)
+
+    assert mean() <= 1.0
+    monkeypatch.setattr(canary, "SLACK", 1.0)
+    assert mean() == pytest.approx(1.0)
+
+
+def test_blocks_hold_one_of_the_canary_each_and_use_nobody_twice() -> None:
+    said = talks(1, 500, share=0.4)
+    blocks = list(canary._blocks(said))
+    used = [id(talk) for block in blocks for talk in block]
+    assert len(used) == len(set(used)) and len(blocks) > 100
+    assert all(block[0].canary and len(block) > 1 for block in blocks)
+    assert not any(talk.canary for block in blocks for talk in block[1:])
+
+
+# -- by simulation ---------------------------------------------------------------------------------
+
+
+def test_of_equal_models_at_most_one_in_twenty_is_taken_back_within_5000_turns() -> None:
+    """40 runs here. Of 1,000 runs at a share of a half 3.4 % were."""
+    assert sum(judge(talks(seed, 5_000)).worse for seed in range(40)) <= 2
+
+
+def test_hours_that_are_bad_for_both_are_nobodys_fault() -> None:
+    assert sum(judge(talks(seed, 3_000, share=0.3, rush=True)).worse for seed in range(20)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("worse", "name", "turns"),
+    [
+        ({"errors": (0.02, 0.08)}, "errors", 1_500),
+        ({"slower": 1.5}, "first_word", 1_000),
+        ({"degraded": (0.1, 0.3)}, "degraded", 1_500),
+        ({"thumbs": (0.03, 0.15)}, "thumbs_down", 1_500),
+    ],
+)
+def test_a_worse_canary_is_found_within_so_many_turns(
+    worse: dict[str, Any], name: str, turns: int
+) -> None:
+    verdicts = [judge(talks(seed, turns, **worse)) for seed in range(20)]
+    found = [verdict for verdict in verdicts if verdict.worse]
+    assert len(found) >= 13
+    names = {name, "duration"} if name == "first_word" else {name}
+    assert sum(verdict.suspect in names for verdict in found) >= 0.8 * len(found)
+
+
+def test_a_better_canary_is_not_taken_back() -> None:
+    better = {"errors": (0.08, 0.02), "slower": 0.5}
+    assert sum(judge(talks(seed, 3_000, **better)).worse for seed in range(10)) <= 1
+
+
+def test_a_little_slower_is_no_reason() -> None:
+    for seed in range(10):
+        verdict = judge(talks(seed, 3_000, slower=1.08))
+        assert not verdict.worse or verdict.suspect in canary._HITS
+
+
+def test_an_alarm_is_not_taken_back_by_what_comes_later() -> None:
+    bad = talks(3, 3_000, errors=(0.02, 0.3))
+    good = talks(4, 20_000, share=0.5, errors=(0.3, 0.0))
+    assert judge(bad).worse and judge([*bad, *good]).worse
+
+
+def test_nothing_is_said_of_nothing_or_of_one_side() -> None:
+    for said in ([], [Talk(True, errors=True)] * 50, [Talk(False, errors=True)] * 50):
+        assert judge(said).bank == pytest.approx(1.0)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def version(db: None) -> ModelVersion:
+    """A canary of a fifth of the conversations, since an hour ago."""
+    began = timezone.now() - timedelta(hours=1)
+    active = ModelVersion.objects.create(
+        name="m", version="1", sha256="1" * 64, folder="/1", state="active"
+    )
+    found = ModelVersion.objects.create(
+        name="m", version="2", sha256="2" * 64, folder="/2", state="canary", canary_percent=20,
+        parent=active, changed_at=began,
+    )  # fmt: skip
+    VersionChange.objects.create(
+        version=found, from_state="shadow", to_state="canary", why="x", at=began
+    )
+    return found
+
+
+def ask(
+    version: ModelVersion, n: int, *, bad: float = 0.0, normal: float = 0.0, seed: int = 0,
+    at: datetime | None = None, **answer: Any,
+) -> None:  # fmt: skip
+    """That many conversations of one turn; ``bad`` of the canary's and ``normal`` of the others'
+    end as ``answer`` says."""
+    rng, start = random.Random(seed), at or version.changed_at + LATER
+    rows, held = [], []
+    for number in range(n):
+        conversation = Conversation(title=f"{seed}-{number}")
+        mine = registry.gets_canary(str(conversation.pk), version.sha256, version.canary_percent)
+        told: dict[str, Any] = {
+            "route": "model", "status": "complete", "model": version.label if mine else "m@1",
+            "ttft_ms": 20 * math.exp(rng.gauss(0, 0.4)),
+            "duration_ms": 80 * math.exp(rng.gauss(0, 0.4)),
+        }  # fmt: skip
+        if rng.random() < (bad if mine else normal):
+            told |= answer
+        held.append(conversation)
+        rows.append(
+            Message(conversation=conversation, seq=2, role="assistant",
+                    created_at=start + timedelta(milliseconds=number), **told)
+        )  # fmt: skip
+    Conversation.objects.bulk_create(held)
+    Message.objects.bulk_create(rows)
+
+
+def test_a_canary_that_answers_as_well_passes_after_enough_conversations(
+    version: ModelVersion,
+) -> None:
+    ask(version, 400, normal=0.02, bad=0.02, degraded_reason="low_confidence")
+    early = canary.gate(version)
+    assert early.passed is None and "of 200 conversations" in early.why
+    ask(version, 800, normal=0.02, bad=0.02, seed=1, degraded_reason="low_confidence")
+    gate = canary.gate(version)
+    assert gate.passed is True, gate
+    assert gate.figures["conversations"]["canary"] >= 200
+    assert 15 < gate.figures["first_word"]["canary"] < 30
+
+
+@pytest.mark.parametrize(
+    ("answer", "name"),
+    [
+        ({"status": "failed", "route": "", "model": "", "error_code": "internal"}, "errors"),
+        ({"route": "rules", "model": "", "degraded_reason": "timeout"}, "errors"),
+        ({"model": "m@1"}, "errors"),  # the active version stood in
+        ({"route": "rules", "model": "", "degraded_reason": "low_confidence"}, "degraded"),
+        ({"ttft_ms": 400.0}, "first word"),
+    ],
+)
+def test_what_is_worse_is_found_in_the_rows_and_named(
+    version: ModelVersion, answer: dict[str, Any], name: str
+) -> None:
+    ask(version, 600, bad=0.6, normal=0.02 if "model" in answer else 0.0, **answer)
+    gate = canary.gate(version)
+    assert gate.passed is False
+    assert name in gate.why and version.label in gate.why
+
+
+def test_thumbs_count(version: ModelVersion) -> None:
+    ask(version, 600)
+    for row in Message.objects.filter(model=version.label)[:60]:
+        Feedback.objects.create(message=row, value="down")
+    gate = canary.gate(version)
+    assert gate.passed is False and "thumbs down" in gate.why
+
+
+def test_what_no_model_was_asked_and_what_came_before_says_nothing(version: ModelVersion) -> None:
+    ask(version, 300, bad=1.0, at=version.changed_at - timedelta(days=1), status="failed")
+    ask(version, 300, bad=1.0, seed=1, at=version.changed_at + timedelta(seconds=1), model="m@1")
+    ask(version, 300, bad=1.0, normal=1.0, seed=2, route="cache", model="m@1")
+    assert len(canary.talks_of(version)) == 0
+
+
+def test_a_conversation_counts_once_however_long_it_is(version: ModelVersion) -> None:
+    ask(version, 40)
+    first = Message.objects.order_by("created_at").first()
+    assert first is not None
+    for seq in range(4, 40, 2):
+        Message.objects.create(
+            conversation=first.conversation, seq=seq, role="assistant", route="model",
+            status="failed", model=first.model,
+        )  # fmt: skip
+    found = canary.talks_of(version)
+    assert len(found) == 40 and sum(talk.errors for talk in found) == 1
+
+
+def test_a_gate_that_is_asked_of_another_version_stays_open(version: ModelVersion) -> None:
+    assert canary.gate(registry.find("m@1")).passed is None
+
+
+# -- the watch -------------------------------------------------------------------------------------
+
+
+def test_a_worse_canary_is_taken_back_by_nobody_with_its_reason(
+    version: ModelVersion, counted: Counted, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask(version, 600, bad=0.5, status="failed", route="", model="")
+    gate = canary.watch()
+    assert gate is not None and gate.passed is False
+    version.refresh_from_db()
+    assert (version.state, version.canary_percent) == ("rejected", 0)
+    assert version.gates["canary"]["passed"] is False
+    change = version.changes.first()
+    assert change is not None and change.by is None and "worse than the active" in change.why
+    assert counted("assistant_canary_rollbacks_total") == 1
+    assert "was taken back" in caplog.text
+    assert canary.watch() is None
+
+
+def test_a_canary_that_does_well_stays_and_its_figures_are_kept(version: ModelVersion) -> None:
+    ask(version, 100)
+    assert canary.watch() is not None
+    version.refresh_from_db()
+    assert version.state == "canary" and version.gates["canary"]["passed"] is None
+
+
+def test_somebody_who_was_faster_is_no_error(
+    version: ModelVersion, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(version, 600, bad=0.5, status="failed", route="", model="")
+    real = canary.gate
+
+    def slow(asked: ModelVersion) -> Any:
+        found = real(asked)
+        registry.move(ModelVersion.objects.get(pk=asked.pk), "candidate", why="by hand")
+        return found
+
+    monkeypatch.setattr(canary, "gate", slow)
+    canary.watch()
+    version.refresh_from_db()
+    assert version.state == "candidate"
+    assert counted("assistant_canary_rollbacks_total") == 0
