@@ -293,7 +293,9 @@ class VersionedBackend(Backend):
         except Exception as error:
             away = True
             if not self._registry_away:
-                log.warning("the registry of models does not answer: %s", type(error).__name__)
+                # Before its first word it may not be there yet: a command ahead of any migration.
+                level = logging.WARNING if self._looked.is_set() else logging.DEBUG
+                log.log(level, "the registry of models does not answer: %s", type(error).__name__)
         finally:
             connection.close()
         self._registry_away = away

@@ -52,20 +52,20 @@ def test_the_card_names_data_licences_figures_and_limits() -> None:
 #: What the model that ships must reach on the golden set, by kind; ``all``: over every row. About
 #: two rows of a kind, or 0.02 of many, lie between the floor and what was measured.
 FLOORS: dict[str, dict[str, float]] = {
-    "all": {"intent_accuracy": 0.7, "scope_auroc": 0.94, "coverage": 0.33,
-            "placeholder_ok": 0.94, "well_ended": 0.98, "out_of_scope_found": 0.74},
-    "natural": {"intent_accuracy": 0.85, "scope_auroc": 0.94, "coverage": 0.82},
-    "rude": {"intent_accuracy": 0.7, "scope_auroc": 0.92},
-    "smalltalk": {"intent_accuracy": 0.61},
-    "turns": {"intent_accuracy": 0.74},
-    "correction": {"intent_accuracy": 0.27},
-    "follow_up": {"intent_accuracy": 0.57},
-    "hand_over": {"intent_accuracy": 0.57},
-    "missing_number": {"intent_accuracy": 0.27},
-    "second_case": {"intent_accuracy": 0.36},
-    "topic_change": {"intent_accuracy": 0.38},
+    "all": {"intent_accuracy": 0.85, "scope_auroc": 0.95, "coverage": 0.8,
+            "placeholder_ok": 0.99, "well_ended": 0.98, "out_of_scope_found": 0.7},
+    "natural": {"intent_accuracy": 0.95, "scope_auroc": 0.94, "coverage": 0.95},
+    "rude": {"intent_accuracy": 0.75, "scope_auroc": 0.95},
+    "smalltalk": {"intent_accuracy": 0.85},
+    "turns": {"intent_accuracy": 0.85},
+    "correction": {"intent_accuracy": 0.7},
+    "follow_up": {"intent_accuracy": 0.65},
+    "hand_over": {"intent_accuracy": 0.8},
+    "missing_number": {"intent_accuracy": 0.6},
+    "second_case": {"intent_accuracy": 0.75},
+    "topic_change": {"intent_accuracy": 0.65},
     "injection": {"out_of_scope_found": 0.57, "scope_auroc": 0.92},
-    "out_of_scope": {"out_of_scope_found": 0.74, "scope_auroc": 0.92},
+    "out_of_scope": {"out_of_scope_found": 0.74, "scope_auroc": 0.95},
 }  # fmt: skip
 #: And what it must not exceed.
 CEILINGS: dict[str, dict[str, float]] = {
@@ -74,7 +74,7 @@ CEILINGS: dict[str, dict[str, float]] = {
     "rude": {"turned_away": 0.15},
     "smalltalk": {"turned_away": 0.26},
 }
-SEVERAL_TURNS_FLOOR = 0.55
+SEVERAL_TURNS_FLOOR = 0.74
 
 
 @pytest.fixture(scope="module")
