@@ -86,7 +86,7 @@ def routes() -> dict[str, str]:
 ALL = routes()
 ROUTES = [name for name, path in ALL.items() if path.startswith(("api/v1/", "v1/", "^v1"))]
 OWNED = [name for name, kind in KINDS.items() if kind == "owned"]
-STAFF = [name for name in ALL if name.startswith("admin:")]
+STAFF = [name for name, path in ALL.items() if path.startswith("admin/")]
 
 
 @pytest.fixture

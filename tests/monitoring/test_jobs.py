@@ -272,6 +272,7 @@ import django
 django.setup()
 from monitoring import jobs
 jobs.BEAT_S, jobs.STOP_S = 0.05, 0.2
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 def handler(work):
     work.stage("held", 0.5)
     time.sleep(60)
