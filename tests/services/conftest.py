@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of an empty database. PostgreSQL refuses to run as root, so root lends its user."""
+    """The URL of a database all tests share. PostgreSQL refuses root, so root lends its user."""
     initdb, server = needed("initdb", "postgresql"), needed("postgres", "postgresql")
     owner: dict[str, Any] = {}
     if os.geteuid() == 0:
@@ -146,6 +147,17 @@ def _postgres(initdb: str, server: str, folder: Path, owner: dict[str, Any]) -> 
     finally:
         process.send_signal(signal.SIGINT)  # its "fast" shutdown: open connections are ended
         process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def own_postgres(postgres: str) -> str:
+    """The URL of an empty database, for a test that counts rows."""
+    import psycopg
+
+    name = f"own_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return postgres.removesuffix("postgres") + name
 
 
 def _connects(url: str) -> bool:

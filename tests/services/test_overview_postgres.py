@@ -36,10 +36,10 @@ print("counted")
 """
 
 
-def test_a_filled_shop_is_counted_and_shown(postgres: str, tmp_path: Path) -> None:
+def test_a_filled_shop_is_counted_and_shown(own_postgres: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        "DATABASE_URL": postgres,
+        "DATABASE_URL": own_postgres,
         "ASSISTANT_DATA_DIR": str(tmp_path),
         "SECRET_KEY": "one key for every process of a test, long enough to be one",
         "ALLOWED_HOSTS": "localhost",
