@@ -17,7 +17,7 @@ from django.urls import URLPattern, path, reverse
 from django.views.decorators.http import require_POST
 
 from conversations.admin import CheapList
-from monitoring import drift, plots
+from monitoring import drift, plots, references
 from monitoring.drift_scale import NAMES
 from monitoring.models import DriftReference, DriftReport
 
@@ -104,7 +104,7 @@ class DriftReportAdmin(CheapList):
                 raise PermissionDenied
             try:
                 view(request)
-            except drift.DriftError as error:
+            except references.DriftError as error:
                 self.message_user(request, str(error), messages.ERROR)
             return HttpResponseRedirect(reverse(_LIST))
 
@@ -135,9 +135,9 @@ class DriftReportAdmin(CheapList):
         if key:
             report = DriftReport.objects.filter(pk=key).first() if key.isdecimal() else None
             if report is None:
-                raise drift.DriftError("This report is gone. Choose another.")
-            span = (drift.just_before(report.from_at), report.to_at)
-        made = drift.reference(*span)
+                raise references.DriftError("This report is gone. Choose another.")
+            span = (references.just_before(report.from_at), report.to_at)
+        made = references.reference(*span)
         self.log_addition(request, made, f"New reference of {made.turns} turns.")
         words = f"From now on windows are compared to these {made.turns} turns."
         self.message_user(request, words, messages.SUCCESS)
@@ -149,11 +149,12 @@ class DriftReportAdmin(CheapList):
     ) -> HttpResponse:
         reports = list(DriftReport.objects.filter(reference__active=True)[:SHOWN])[::-1]
         context = {
-            "reference": drift.current(),
+            "reference": references.current(),
+            "collecting": references.collecting(),
             "plots": feature_plots(reports) if reports else [],
             "may_look": request.user.has_perm(_LOOK),
             "may_refer": request.user.has_perm(_REFER),
-            "least_reference": drift.LEAST_REFERENCE,
+            "least_reference": references.LEAST,
         }
         return super().changelist_view(request, {**context, **(extra_context or {})})
 

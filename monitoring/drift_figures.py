@@ -8,7 +8,7 @@ normal. Knows neither texts nor rows; what is about words is ``drift_words``'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -19,6 +19,7 @@ import numpy as np
 from monitoring import drift_words
 from monitoring.drift_scale import (
     NAMES,
+    SHARE_OF_ONE,
     SIZES,
     TURNS_OF_ONE,
     Floats,
@@ -29,12 +30,13 @@ from monitoring.drift_scale import (
     between,
     least,
     limit,
+    stretches,
 )
 
-__all__ = ["NAMES", "TURNS_OF_ONE", "Fitted", "Score", "Turns", "compare", "fit"]
+__all__ = ["NAMES", "SHARE_OF_ONE", "TURNS_OF_ONE", "Fitted", "Score", "Turns", "compare", "fit"]
 
 #: Resampled windows for each size.
-TIMES = 800
+TIMES, LEAST_TIMES = 800, 200
 #: Intents rarer than this in the reference are counted together.
 RARE = 0.01
 BINS = 10
@@ -206,25 +208,34 @@ class Fitted:
         return cls(shape, tuple(data["sums"]), frozenset(data["words"]), limits)
 
 
-def fit(reference: Turns, seed: int = 0) -> Fitted:
-    """The reference with thresholds that its own windows exceed in less than one look a month."""
+def fit(reference: Turns, seed: int = 0, *, pace: float = 0.0, margin: float = 1.0) -> Fitted:
+    """The reference with thresholds that its own windows exceed in less than one look a month.
+
+    *Units*: ``pace`` in turns an hour, 0 if unknown; ``margin`` multiplies what hours may change.
+    """
     chance = np.random.default_rng(seed)
     shape = shape_of(reference)
     rows = rows_of(reference, shape)
-    users = by_user(rows, reference.users)
     limits: dict[str, tuple[float, ...]] = {}
-    samples = [_resampled(users, size, chance) for size in SIZES]
-    for name in _told(shape, users.sum(axis=0)):
+    samples = [_samples(rows, reference, size, pace, chance) for size in SIZES]
+    for name in _told(shape, rows.sum(axis=0)):
         feature = _FEATURES[name]
         limits[name] = tuple(
-            max(
-                limit(feature.measure(*pair, shape), squares=feature.squares),
-                least(size, len(reference)) if feature.share else 0.0,
-            )
-            for size, pair in zip(SIZES, samples, strict=True)
+            margin * max(_limit(feature, pairs, shape), _least(feature, size, len(reference)))
+            for size, pairs in zip(SIZES, samples, strict=True)
         )
     limits |= drift_words.limits_of(reference, chance)
-    return Fitted(shape, tuple(users.sum(axis=0).tolist()), drift_words.known(reference), limits)
+    return Fitted(shape, tuple(rows.sum(axis=0).tolist()), drift_words.known(reference), limits)
+
+
+def _limit(feature: _Feature, pairs: Sequence[tuple[Floats, Floats]], shape: Shape) -> float:
+    """What no time of day or week exceeds by chance."""
+    found = (feature.measure(window, reference, shape) for window, reference in pairs)
+    return max(limit(sample, squares=feature.squares) for sample in found)
+
+
+def _least(feature: _Feature, *sizes: int) -> float:
+    return least(*sizes) if feature.share else 0.0
 
 
 def _told(shape: Shape, sums: Floats) -> list[str]:
@@ -235,18 +246,27 @@ def _told(shape: Shape, sums: Floats) -> list[str]:
     return [name for name in _FEATURES if needs.get(name, True)]
 
 
-def _resampled(users: Floats, size: int, chance: np.random.Generator) -> tuple[Floats, Floats]:
-    """Sums of ``TIMES`` windows of about ``size`` turns, and of as many whole references.
+def _samples(
+    rows: Floats, turns: Turns, size: int, pace: float, chance: np.random.Generator
+) -> list[tuple[Floats, Floats]]:
+    """For each time that a window may be of: sums of windows, and of as many whole references.
 
     The reference is drawn as well: it is a sample too, and its own chance is in every look.
     """
-    turns_each = users[:, 0].mean()
-    draws = max(1, round(size / turns_each))
+    users, parts = by_user(rows, turns.users), stretches(turns, size, pace)
+    times = max(LEAST_TIMES, TIMES // len(parts))
+    some = [by_user(rows[part], turns.users[part]) for part in parts]
+    return [
+        (_drawn(part, size / part[:, 0].mean(), times, chance),
+         _drawn(users, len(users), times, chance))
+        for part in some
+    ]  # fmt: skip
+
+
+def _drawn(users: Floats, draws: float, times: int, chance: np.random.Generator) -> Floats:
     even = np.full(len(users), 1 / len(users))
-    return (
-        chance.multinomial(draws, even, TIMES) @ users,
-        chance.multinomial(len(users), even, TIMES) @ users,
-    )
+    found: Floats = chance.multinomial(max(1, round(draws)), even, times) @ users
+    return found
 
 
 def compare(fitted: Fitted, window: Turns) -> dict[str, Score]:

@@ -4,7 +4,7 @@ goes. Pure; see ``drift_figures`` for the features and ``drift_words`` for those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -36,6 +36,7 @@ class Turns:
 
     ``users``: whose, any numbers. ``intents``: empty where none was found; ``confidence``: nan
     likewise. ``tokens`` and ``chars``: of the question's words, nought where nobody counted.
+    ``hours``: when, since the epoch.
     """
 
     users: Numbers
@@ -48,6 +49,7 @@ class Turns:
     tokens: Floats
     chars: Floats
     vectors: Floats | None = None
+    hours: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -106,5 +108,49 @@ def between(limits: Sequence[float], size: int) -> float:
     return float(np.interp(-1 / size, [-1 / at for at in SIZES], limits))
 
 
-#: One user counts for at most this many turns of a window: one in a hundred of the largest.
-TURNS_OF_ONE = 5
+#: One user counts for at most this many turns of a window: one in a hundred of the largest. Where
+#: too few ask to fill a window so, for more, but never for a larger share than this of what counts.
+TURNS_OF_ONE, SHARE_OF_ONE = 5, 0.05
+
+
+def bound_of(asked: Iterable[int], most: int) -> int:
+    """How many turns of one user count, so that ``most`` are reached if that can be.
+
+    ``asked``: turns of each user.
+    """
+    each = np.array(list(asked), int)
+    bound = TURNS_OF_ONE
+    while _counting(each, bound) < most:
+        if bound + 1 > SHARE_OF_ONE * min(most, _counting(each, bound + 1)):
+            break
+        bound += 1
+    return bound
+
+
+def _counting(each: NDArray[np.int_], bound: int) -> int:
+    return int(np.minimum(each, bound).sum())
+
+
+# --- Hours ---------------------------------------------------------------------------------------
+
+#: A window that takes fewer hours may be all of one time of day; of one kind of day.
+PART_OF_DAY, PART_OF_WEEK = 9.0, 96.0
+#: Turns of a time below which it tells too little of itself.
+LEAST_STRETCH = 60
+
+
+def stretches(turns: Turns, size: int, pace: float) -> list[Bools]:
+    """The turns that a window of ``size`` may be like: all, or those of one time of day or week.
+
+    What is asked at night or on Sundays is no drift, though it is not what is asked on the whole.
+    *Units*: ``pace`` in turns an hour, 0 if unknown. *Shapes*: (N,) each.
+    """
+    everything = np.ones(len(turns), bool)
+    if turns.hours is None or pace <= 0 or size / pace >= PART_OF_WEEK:
+        return [everything]
+    weekday = (turns.hours // 24 + 3) % 7  # the epoch began on a Thursday
+    time = (weekday >= 5).astype(int)
+    if size / pace < PART_OF_DAY:
+        time = time * 8 + (turns.hours % 24 // 3).astype(int)
+    parts = [time == which for which in np.unique(time)]
+    return [everything, *(part for part in parts if part.sum() >= LEAST_STRETCH)]

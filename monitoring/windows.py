@@ -11,10 +11,10 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,16 @@ from assistant.facts import mask
 from conversations.models import Feedback, Message
 from conversations.opening import OUT_OF_SCOPE
 from monitoring import loop
-from monitoring.drift_scale import TURNS_OF_ONE, Floats, Turns
+from monitoring.drift_scale import SHARE_OF_ONE, TURNS_OF_ONE, Floats, Turns, bound_of
 
 log = logging.getLogger(__name__)
 
 #: Rows read for one that counts, where a few users ask nearly everything.
 MOST_READ = 20
+#: Answers of which a reference is an even part, the newest.
+MOST_KEYS = 200_000
+#: Turns of a reference that followed each other.
+RUN = 40
 #: Texts given to the model at a time; characters of a question that are read.
 BATCH_TEXTS, MOST_CHARS = 64, 600
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -55,15 +59,61 @@ class Window:
 
 def newest(after: datetime | None, until: datetime | None, most: int) -> list[dict[str, Any]]:
     """Rows of the newest answers in that span, at most so many, the newest first."""
-    counted: Counter[Any] = Counter()
-    kept: list[dict[str, Any]] = []
-    for row in _answers(after, until)[: MOST_READ * most].iterator(chunk_size=1_000):
-        counted[_whose(row)] += 1
-        if counted[_whose(row)] <= TURNS_OF_ONE:
-            kept.append(row)
-            if len(kept) == most:
+    return _counting(_answers(after, until)[: MOST_READ * most].iterator(chunk_size=1_000), most)
+
+
+def oldest(after: datetime) -> datetime | None:
+    """When the first answer of then on was."""
+    found: datetime | None = _answers(after, None).values_list("created_at", flat=True).last()
+    return found
+
+
+def spread(
+    after: datetime | None, until: datetime | None, most: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Rows of answers of then, the newest first, at most so many; and how many there were an hour.
+
+    Evenly of all that time; the newest, if it has no beginning.
+    """
+    if after is None:
+        rows = newest(None, until, most)
+        return rows, _pace([row["created_at"] for row in rows])
+    found = list(_answers(after, until).values_list("pk", "created_at")[:MOST_KEYS])
+    some = [pk for pk, _ in _runs(found, most)]
+    rows = _counting(_answers(after, until).filter(pk__in=some).iterator(), most)
+    return rows, _pace([at for _, at in found])
+
+
+def _pace(times: Sequence[datetime]) -> float:
+    """Turns an hour; ``times`` the newest first."""
+    if len(times) < 2:
+        return 0.0
+    return len(times) / max((times[0] - times[-1]) / timedelta(hours=1), 1e-3)
+
+
+def _runs(found: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them: runs that are spread evenly, so that what one user said in a row
+    stays together as it does in a window."""
+    starts: Sequence[int] = range(0, len(found), RUN)
+    if len(found) > most:
+        starts = np.linspace(0, len(found) - RUN, most // RUN).astype(int).tolist()
+    return [one for start in starts for one in found[start : start + RUN]]
+
+
+def _counting(rows: Iterable[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Those of them that count, at most so many: nobody's are a large share of them."""
+    asked: Counter[Any] = Counter()
+    several, enough = max(TURNS_OF_ONE, int(SHARE_OF_ONE * most)), 0
+    held: list[tuple[dict[str, Any], int]] = []
+    for row in rows:
+        asked[whose := _whose(row)] += 1
+        if asked[whose] <= several:
+            held.append((row, asked[whose]))
+            enough += asked[whose] <= TURNS_OF_ONE
+            if enough == most:
                 break
-    return kept
+    bound = bound_of(asked.values(), most)
+    return [row for row, number in held if number <= bound][:most]
 
 
 def _answers(after: datetime | None, until: datetime | None) -> Any:
@@ -100,6 +150,7 @@ def window_of(rows: Sequence[dict[str, Any]]) -> Window:
         tokens=np.array(tokens, float),
         chars=np.array(chars, float),
         vectors=vectors,
+        hours=np.array([row["created_at"].timestamp() / 3600 for row in rows], float),
     )
     return Window(turns, rows[-1]["created_at"], rows[0]["created_at"], space)
 

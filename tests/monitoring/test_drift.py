@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from assistant.modelkit.jsonlines import objects
 from conversations.models import Conversation, Feedback, Message
-from monitoring import drift, drift_figures, metrics, reading, windows
+from monitoring import drift, drift_figures, metrics, reading, references, windows
 from monitoring.drift_figures import Fitted, Turns
 from monitoring.models import DriftReference, DriftReport
 from tests.conftest import ROOT
@@ -59,6 +59,7 @@ class World:
             tokens=np.round(lengths * 1.3 + chance.normal(0, 1, number)).clip(1),
             chars=lengths * 5.0,
             vectors=vectors,
+            hours=np.arange(number) / 20,
         )
 
 
@@ -309,7 +310,7 @@ def considered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @stored
 def test_a_look_makes_a_report_and_a_breach_is_told(questions: Any, considered: Any) -> None:
     store(questions[:400], NOW - timedelta(days=3))
-    made = drift.reference(None, None)
+    made = references.reference(None, None)
     assert (made.turns, made.active, made.model) == (400, True, "old@1")
     assert drift.look() is None, "nothing was asked since"
     store(questions[400:600], NOW - timedelta(days=1))
@@ -331,7 +332,7 @@ def test_a_look_makes_a_report_and_a_breach_is_told(questions: Any, considered: 
 def test_one_user_moves_nothing(ana: Any, questions: Any) -> None:
     """A thousand hostile turns are five."""
     store(questions[:400], NOW - timedelta(days=3))
-    drift.reference(None, None)
+    references.reference(None, None)
     store(questions[400:500], NOW - timedelta(days=1))
     store([("zzz qqq xxx", "complaint")] * 1_000, NOW - timedelta(hours=9), user=ana, minutes=0.5)
     report = drift.look()
@@ -361,7 +362,7 @@ def test_feedback_and_reasons_are_read(questions: Any) -> None:
 @stored
 def test_a_reference_holds_no_word_of_anybody(questions: Any) -> None:
     store([(f"where is order 48213377, {text}", i) for text, i in questions[:300]], NOW)
-    made = json.dumps(drift.reference(None, None).data)
+    made = json.dumps(references.reference(None, None).data)
     assert "48213377" not in made and "order" not in made.replace('order"', "")
     one = set(windows.word_numbers("Where is it").tolist())
     assert one == set(windows.word_numbers("where IS it").tolist())
@@ -376,10 +377,10 @@ def test_words_are_keyed(settings: Any) -> None:
 @stored
 def test_a_second_reference_replaces_the_first(questions: Any) -> None:
     store(questions[:300], NOW - timedelta(days=9))
-    first = drift.reference(None, None)
+    first = references.reference(None, None)
     store(questions[300:600], NOW - timedelta(days=1))
-    second = drift.reference(NOW - timedelta(days=5), None)
-    assert drift.current() == second and second.turns == 300
+    second = references.reference(NOW - timedelta(days=5), None)
+    assert references.current() == second and second.turns == 300
     first.refresh_from_db()
     assert not first.active
 
@@ -387,26 +388,26 @@ def test_a_second_reference_replaces_the_first(questions: Any) -> None:
 @stored
 def test_too_few_turns_are_no_reference(questions: Any) -> None:
     store(questions[:50], NOW)
-    with pytest.raises(drift.DriftError, match="needs 300 turns and there are 50"):
-        drift.reference(None, None)
+    with pytest.raises(references.DriftError, match="needs 300 turns and there are 50"):
+        references.reference(None, None)
     assert drift.look() is None and not DriftReference.objects.exists()
 
 
 @stored
 def test_the_first_reference_makes_itself(questions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "FIRST_REFERENCE", 320)
+    monkeypatch.setattr(references, "LEAST", 320)
     store(questions[:319], NOW - timedelta(days=1))
-    assert drift.look() is None and drift.current() is None
+    assert drift.look() is None and references.current() is None
     store(questions[319:320], NOW)
     assert drift.look() is None
-    made = drift.current()
+    made = references.current()
     assert made is not None and made.turns == 320
 
 
 @stored
 def test_without_a_model_the_rest_is_compared(questions: Any, settings: Any) -> None:
     store(questions[:300], NOW - timedelta(days=3))
-    drift.reference(None, None)
+    references.reference(None, None)
     store(questions[300:420], NOW - timedelta(days=1))
     folder = {"BACKEND": "assistant.backends.onnx.OnnxBackend", "OPTIONS": {"model_dir": "/none"}}
     broken = {**settings.ASSISTANT["BACKENDS"], "model": folder}
@@ -419,7 +420,7 @@ def test_without_a_model_the_rest_is_compared(questions: Any, settings: Any) -> 
 @stored
 def test_another_models_embeddings_are_not_compared(questions: Any) -> None:
     store(questions[:300], NOW - timedelta(days=3))
-    made = drift.reference(None, None)
+    made = references.reference(None, None)
     made.data["space"] = "another@1:abc"
     made.save()
     store(questions[300:420], NOW - timedelta(days=1))
@@ -433,7 +434,7 @@ def test_a_retraining_that_breaks_harms_no_report(
 ) -> None:
     monkeypatch.setattr("monitoring.retraining.consider", lambda: 1 / 0, raising=False)
     store(questions[:300], NOW - timedelta(days=3))
-    drift.reference(None, None)
+    references.reference(None, None)
     store([(text, "complaint") for text, _ in questions[300:500]], NOW - timedelta(days=1))
     report = drift.look()
     assert report is not None and report.breached
@@ -442,10 +443,10 @@ def test_a_retraining_that_breaks_harms_no_report(
 @stored
 def test_a_reference_that_was_spoilt_says_what_to_do(questions: Any) -> None:
     store(questions[:300], NOW - timedelta(days=3))
-    made = drift.reference(None, None)
+    made = references.reference(None, None)
     DriftReference.objects.filter(pk=made.pk).update(data={"sums": 3})
     store(questions[300:420], NOW - timedelta(days=1))
-    with pytest.raises(drift.DriftError, match="Make a new one"):
+    with pytest.raises(references.DriftError, match="Make a new one"):
         drift.look()
 
 

@@ -26,11 +26,11 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        from monitoring import drift
+        from monitoring import references
 
         try:
             report = _made(options["days"]) if options["reference"] else _looked()
-        except drift.DriftError as error:
+        except references.DriftError as error:
             raise CommandError(str(error)) from error
         self.stdout.write(json.dumps(report, indent=2) if options["json"] else _lines(report))
 
@@ -39,12 +39,12 @@ def _made(days: int | None) -> dict[str, Any]:
     """Raises: DriftError, CommandError."""
     from django.utils import timezone
 
-    from monitoring import drift
+    from monitoring import references
 
     if days is not None and not 1 <= days <= 3650:
         raise CommandError("--days is a number from 1 to 3650.")
     since = timezone.now() - timedelta(days=days) if days else None
-    made = drift.reference(since, None)
+    made = references.reference(since, None)
     return {
         "reference": made.pk,
         "turns": made.turns,
@@ -56,15 +56,15 @@ def _made(days: int | None) -> dict[str, Any]:
 
 def _looked() -> dict[str, Any]:
     """Raises: DriftError, CommandError."""
-    from monitoring import drift
+    from monitoring import drift, references
 
     report = drift.look()
     if report is None:
-        reference = drift.current()
+        reference = references.current()
         if reference is None:
             raise CommandError(
-                f"There is no reference. `manage.py drift --reference` makes one of at least "
-                f"{drift.LEAST_REFERENCE} turns."
+                f"There is no reference ({references.collecting()}). `manage.py drift "
+                f"--reference` makes one now, of at least {references.LEAST} turns."
             )
         raise CommandError(
             f"Fewer than {drift.LEAST_WINDOW} turns count since the reference ends "
