@@ -7,78 +7,66 @@ import random
 from datetime import datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from django.utils import timezone
 
 from assistant import registry
 from assistant.models import ModelVersion, VersionChange
 from conversations.models import Conversation, Feedback, Message
-from monitoring import canary
-from monitoring.canary import Talk, judge
+from monitoring import betting, canary
+from monitoring.betting import Talk, judge
+from tests.monitoring.canary_power import talks
 from tests.monitoring.conftest import Counted
 
 #: Seconds after which all processes are sure to know of the move.
 LATER = canary.SETTLE + timedelta(seconds=1)
 
 
-def talks(
-    seed: int, n: int, *, share: float = 0.1, errors: tuple[float, float] = (0.02, 0.02),
-    degraded: tuple[float, float] = (0.1, 0.1), thumbs: tuple[float, float] = (0.03, 0.03),
-    slower: float = 1.0, rush: bool = False,
-) -> list[Talk]:  # fmt: skip
-    """Conversations of (active, canary) with these rates; ``rush``: bad hours, for both alike."""
-    rng, found = random.Random(seed), []
-    for at in range(n):
-        mine = rng.random() < share
-        worse = 4.0 if rush and at // 250 % 2 else 1.0
-        took = worse * (slower if mine else 1.0) * math.exp(rng.gauss(0, 0.5))
-        found.append(
-            Talk(
-                mine,
-                errors=rng.random() < errors[mine] * worse,
-                degraded=rng.random() < degraded[mine] * worse,
-                thumbs_down=rng.random() < thumbs[mine],
-                first_word=[20 * took],
-                duration=[80 * took * math.exp(rng.gauss(0, 0.3))],
-            )
-        )
-    return found
-
-
 # -- the bets --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("odds", canary.ODDS)
 @pytest.mark.parametrize(("n", "hits"), [(2, 0), (2, 1), (2, 2), (10, 1), (10, 4), (51, 50)])
-def test_a_bet_on_a_hit_is_fair_whoever_of_the_block_is_the_canary(
-    odds: float, n: int, hits: int
-) -> None:
-    block = [1.0] * hits + [0.0] * (n - hits)
-    paid = [canary._fair_hit(odds, block[i], block[:i] + block[i + 1 :]) for i in range(n)]
-    assert sum(paid) / n == pytest.approx(1.0)
-    assert min(paid) > 0
+def test_a_bet_on_a_hit_is_fair_whoever_of_the_block_is_the_canary(n: int, hits: int) -> None:
+    paid = betting.fair_hits(np.array([1.0] * hits + [0.0] * (n - hits)))
+    assert paid.mean(axis=0) == pytest.approx(1.0)
+    assert paid.min() > 0
 
 
-@pytest.mark.parametrize("tilt", canary.TILTS)
 @pytest.mark.parametrize("block", [[1.0, 2.0], [5.0, 5.0, 5.0], [1.0, 1.0, 3.0, 9.0, 9.0]])
-def test_a_bet_on_a_rank_is_fair_too_and_forgives_a_little(
-    tilt: float, block: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def mean() -> float:
-        paid = [
-            canary._fair_rank(tilt, block[i], block[:i] + block[i + 1 :]) for i in range(len(block))
-        ]
-        assert min(paid) > 0
-        return sum(paid) / len(paid)
+def test_a_bet_on_a_rank_is_fair_too(block: list[float]) -> None:
+    paid = betting.fair_ranks(np.array(block))
+    assert paid.mean(axis=0) == pytest.approx(1.0)
+    assert paid.min() > 0 and (paid.argmax(axis=0) == np.argmax(block)).all()
 
-    assert mean() <= 1.0
-    monkeypatch.setattr(canary, "SLACK", 1.0)
-    assert mean() == pytest.approx(1.0)
+
+def bets_on(name: str) -> slice:
+    at = list(betting.STAKES).index(name) * len(betting.ODDS)
+    return slice(at, at + len(betting.ODDS))
+
+
+def test_a_time_counts_without_its_slack() -> None:
+    block = [Talk(True, duration=[109.0]), Talk(False, duration=[100.0])]
+    assert (betting.prices(block)[0, bets_on("duration")] < 0).all(), "a little slower is no loss"
+    block[0].duration = [112.0]
+    assert (betting.prices(block)[0, bets_on("duration")] > 0).all()
+
+
+def test_what_nobody_measured_is_no_bet() -> None:
+    block = [Talk(True), Talk(False, first_word=[1.0]), Talk(False)]
+    for name in ("first_word", "duration"):
+        assert not betting.prices(block)[:, bets_on(name)].any()
+
+
+def test_a_little_is_spent_with_each_conversation_and_never_more_than_all() -> None:
+    spent = [betting.spent(number) for number in range(1, 20_000)]
+    assert spent == sorted(spent) and 0 < spent[0] < 1e-5
+    assert spent[-1] < betting.FALSE - 1 / betting.SURE
 
 
 def test_blocks_hold_one_of_the_canary_each_and_use_nobody_twice() -> None:
     said = talks(1, 500, share=0.4)
-    blocks = list(canary._blocks(said))
+    blocks = list(betting.blocks(said))
     used = [id(talk) for block in blocks for talk in block]
     assert len(used) == len(set(used)) and len(blocks) > 100
     assert all(block[0].canary and len(block) > 1 for block in blocks)
@@ -89,12 +77,12 @@ def test_blocks_hold_one_of_the_canary_each_and_use_nobody_twice() -> None:
 
 
 def test_of_equal_models_at_most_one_in_twenty_is_taken_back_within_5000_turns() -> None:
-    """40 runs here. Of 1,000 runs at a share of a half 3.4 % were."""
-    assert sum(judge(talks(seed, 5_000)).worse for seed in range(40)) <= 2
+    """40 runs here; ``python -m tests.monitoring.canary_power`` makes thousands."""
+    assert sum(judge(talks(seed, 5_000)).worse for seed in range(40)) <= 4
 
 
 def test_hours_that_are_bad_for_both_are_nobodys_fault() -> None:
-    assert sum(judge(talks(seed, 3_000, share=0.3, rush=True)).worse for seed in range(20)) <= 1
+    assert sum(judge(talks(seed, 3_000, share=0.3, rush=True)).worse for seed in range(20)) <= 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +99,7 @@ def test_a_worse_canary_is_found_within_so_many_turns(
 ) -> None:
     verdicts = [judge(talks(seed, turns, **worse)) for seed in range(20)]
     found = [verdict for verdict in verdicts if verdict.worse]
-    assert len(found) >= 13
+    assert len(found) >= 15
     names = {name, "duration"} if name == "first_word" else {name}
     assert sum(verdict.suspect in names for verdict in found) >= 0.8 * len(found)
 
@@ -124,7 +112,13 @@ def test_a_better_canary_is_not_taken_back() -> None:
 def test_a_little_slower_is_no_reason() -> None:
     for seed in range(10):
         verdict = judge(talks(seed, 3_000, slower=1.08))
-        assert not verdict.worse or verdict.suspect in canary._HITS
+        assert not verdict.worse or verdict.suspect in betting.HITS
+
+
+def test_one_that_fails_at_once_is_found_by_its_first_conversations() -> None:
+    said = talks(1, 300, errors=(0.02, 1.0))
+    found = next(at for at in range(300) if judge(said[:at]).worse)
+    assert sum(talk.canary for talk in said[:found]) <= 8
 
 
 def test_an_alarm_is_not_taken_back_by_what_comes_later() -> None:
