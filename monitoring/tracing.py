@@ -14,8 +14,8 @@ import atexit
 import json
 import logging
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from django.conf import settings
 
@@ -37,27 +37,39 @@ _OWN, _ELSEWHERE = "inhouse", "openai"
 Part = tuple[str, float, float]
 
 
-class Tracing:
-    """Spans of one process; the provider is built with the first answer, for it owns a thread."""
+class Shuts(Protocol):
+    def shutdown(self) -> Any: ...
 
-    def __init__(self) -> None:
-        self._provider: TracerProvider | None = None
-        self._exporter: SpanExporter | None = None
+
+Provider = TypeVar("Provider", bound=Shuts)
+Exporter = TypeVar("Exporter", bound=Shuts)
+
+
+class Outlet(Generic[Provider, Exporter]):
+    """What a process sends to its collector; the provider is built with the first of it, for it
+    owns a thread."""
+
+    def __init__(
+        self, collector: Callable[[], Exporter], build: Callable[[Exporter, bool], Provider]
+    ) -> None:
+        self._collector, self._build = collector, build
+        self._provider: Provider | None = None
+        self._exporter: Exporter | None = None
         self._lock = threading.Lock()
 
-    def provider(self) -> TracerProvider:
-        """Built once; its spans go to the collector that settings name."""
+    def provider(self) -> Provider:
+        """Built once; what it makes goes to the collector that settings name."""
         with self._lock:
             if self._provider is None:
-                self._build(_collector())
+                self._exporter = self._collector()
+                self._provider = self._build(self._exporter, True)
                 atexit.register(self.end)
-            assert self._provider is not None
             return self._provider
 
-    def send_to(self, exporter: SpanExporter) -> None:
-        """Have spans go there instead, each at once: for a look at them."""
+    def send_to(self, exporter: Exporter) -> None:
+        """Have all of it go there instead, each at once: for a look at it."""
         with self._lock:
-            self._build(exporter, wait=False)
+            self._exporter, self._provider = exporter, self._build(exporter, False)
 
     def end(self) -> None:
         """Send what waits, for at most ``LAST_SEND_S``, and forget the provider."""
@@ -72,29 +84,37 @@ class Tracing:
         provider.shutdown()
         enough.cancel()
 
-    def _build(self, exporter: SpanExporter, *, wait: bool = True) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
-        about = Resource.create({"service.name": settings.OTEL_SERVICE_NAME})
-        self._exporter = exporter
-        self._provider = TracerProvider(resource=about, shutdown_on_exit=False)
-        self._provider.add_span_processor(
-            BatchSpanProcessor(exporter, max_queue_size=MOST_WAITING)
-            if wait
-            else SimpleSpanProcessor(exporter)
-        )
+def endpoint(kind: str) -> str:
+    return f"{settings.OTEL_EXPORTER_OTLP_ENDPOINT.rstrip('/')}/v1/{kind}"
 
 
-tracing = Tracing()
+def resource() -> Any:
+    from opentelemetry.sdk.resources import Resource
+
+    return Resource.create({"service.name": settings.OTEL_SERVICE_NAME})
 
 
 def _collector() -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    endpoint = f"{settings.OTEL_EXPORTER_OTLP_ENDPOINT.rstrip('/')}/v1/traces"
-    return OTLPSpanExporter(endpoint=endpoint, timeout=SEND_TIMEOUT_S)
+    return OTLPSpanExporter(endpoint=endpoint("traces"), timeout=SEND_TIMEOUT_S)
+
+
+def _build(exporter: SpanExporter, wait: bool) -> TracerProvider:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+
+    provider = TracerProvider(resource=resource(), shutdown_on_exit=False)
+    provider.add_span_processor(
+        BatchSpanProcessor(exporter, max_queue_size=MOST_WAITING)
+        if wait
+        else SimpleSpanProcessor(exporter)
+    )
+    return provider
+
+
+tracing: Outlet[TracerProvider, SpanExporter] = Outlet(_collector, _build)
 
 
 def trace_turn(*, record: TurnRecord, **_: Any) -> None:
@@ -202,5 +222,7 @@ def connect() -> None:
         )
         return
     from conversations.turn import turn_finished
+    from monitoring import verdicts
 
     turn_finished.connect(trace_turn, dispatch_uid="tracing-trace_turn")
+    verdicts.connect()

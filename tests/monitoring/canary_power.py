@@ -1,6 +1,6 @@
 """How often the canary's test takes back what is no worse, and how soon it finds what is.
 
-``python -m tests.monitoring.canary_power [--runs 2000] [--turns 5000] [--false 0.05]``, half an hour.
+``python -m tests.monitoring.canary_power [--runs 2000] [--false 0.05]``, half an hour.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 from django.contrib.auth.models import User
 
 from conversations.turn import TurnRecord, turn_finished
-from monitoring import tracing
+from monitoring import tracing, verdicts
 from monitoring.tracing import trace_turn
 from tests.conftest import free_port
 from tests.monitoring.conftest import ask
@@ -200,3 +200,4 @@ def test_nothing_is_traced_unless_settings_say_where_to(settings: Any) -> None:
         assert listens()
     finally:
         turn_finished.disconnect(dispatch_uid="tracing-trace_turn")
+        verdicts.disconnect()
