@@ -767,6 +767,10 @@ if CELERY_BROKER_URL == "filesystem://":
         "data_folder_out": _queue,
         "control_folder": str(_data_folder("celery", "control")),
     }
+elif CELERY_BROKER_URL.startswith("redis"):
+    # A page of staff that asks for a job waits so long for a Redis that hangs, three times at most.
+    # More than a second: a worker listens for one at a time.
+    CELERY_BROKER_TRANSPORT_OPTIONS = {"socket_timeout": 1.5, "socket_connect_timeout": 1.0}
 CELERY_BEAT_SCHEDULE_FILENAME = str(DATA_DIR / "celery" / "beat")
 CELERY_TASK_SERIALIZER = CELERY_RESULT_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
