@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from django.contrib import admin
+from django.contrib import admin, messages
+from django.contrib.admin.utils import unquote
+from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
 from django.db.models import Exists, OuterRef, QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils.functional import cached_property
 from django.utils.html import format_html
@@ -124,6 +127,61 @@ class CheapList(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
     paginator = CheapPaginator
     show_full_result_count = False
     list_per_page = 50
+
+
+class OwnPage(CheapList):
+    """Rows with a page instead of a form: looked at by whoever may view them, POST is a button."""
+
+    #: What is said of a row that is not there, and which page comes then; empty: the list.
+    gone, home = "This is gone.", ""
+
+    def change_view(
+        self,
+        request: HttpRequest,
+        object_id: str,
+        form_url: str = "",
+        extra_context: dict[str, Any] | None = None,
+    ) -> HttpResponse:
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        row = self.found(request, unquote(object_id))
+        if row is None:
+            self.message_user(request, self.gone, messages.WARNING)
+            return HttpResponseRedirect(self.home_url())
+        if not self.has_view_permission(request, row):
+            raise PermissionDenied
+        return self.acted(request, row) if request.method == "POST" else self.shown(request, row)
+
+    def home_url(self) -> str:
+        listed = f"admin:{self.opts.app_label}_{self.opts.model_name}_changelist"
+        return reverse(self.home or listed)
+
+    def found(self, request: HttpRequest, key: str) -> Any:
+        return self.get_object(request, key)
+
+    def shown(self, request: HttpRequest, row: Any) -> HttpResponse:
+        """The page of one row, as ``told`` has it."""
+        return self.page(request, row, self.told(request, row))
+
+    def told(self, request: HttpRequest, row: Any) -> dict[str, Any]:
+        """What the page shows."""
+        return {}
+
+    def acted(self, request: HttpRequest, row: Any) -> HttpResponse:
+        """A button of the page; it has none."""
+        raise PermissionDenied
+
+    def page(
+        self, request: HttpRequest, row: Any, told: dict[str, Any],
+        *, template: str = "", status: int = 200,
+    ) -> TemplateResponse:  # fmt: skip
+        base = {**self.admin_site.each_context(request), "opts": self.opts, "original": row}
+        return TemplateResponse(
+            request,
+            template or cast(str, self.change_form_template),
+            {**base, **told},
+            status=status,
+        )
 
 
 @admin.register(Conversation)

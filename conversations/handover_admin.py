@@ -11,22 +11,18 @@ from typing import Any, cast
 
 from django import forms
 from django.contrib import admin, messages
-from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
 from django.db.models import Case, F, IntegerField, OuterRef, QuerySet, Subquery, When
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
-from django.urls import reverse
 from django.utils.timesince import timesince
 
 from assistant.errors import AssistantError
 from conversations import handover
-from conversations.admin import CheapList
+from conversations.admin import OwnPage
 from conversations.models import HandOver, Message
 
 #: Messages shown above the box, the newest.
 SHOWN_MESSAGES = 100
-_QUEUE = "admin:conversations_handover_changelist"
 _RANKS = {HandOver.Status.WAITING: 0, HandOver.Status.TAKEN: 1}
 
 
@@ -42,7 +38,8 @@ class ReplyForm(forms.Form):
 
 
 @admin.register(HandOver)
-class HandOverAdmin(CheapList):
+class HandOverAdmin(OwnPage):
+    gone = "This conversation was deleted."
     list_display = ["state", "age", "last_question", "reason", "taken_by", "created_at"]
     list_filter = ["status"]
     list_select_related = ["taken_by"]
@@ -102,27 +99,7 @@ class HandOverAdmin(CheapList):
 
     # -- one of them
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
-        """The conversation and the box below it; POST is one of its buttons."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        asked = self.get_object(request, unquote(object_id))
-        if asked is None:
-            self.message_user(request, "This conversation was deleted.", messages.WARNING)
-            return HttpResponseRedirect(reverse(_QUEUE))
-        if not self.has_view_permission(request, asked):
-            raise PermissionDenied
-        if request.method == "POST":
-            return self._act(request, asked)
-        return self._page(request, asked)
-
-    def _act(self, request: HttpRequest, asked: HandOver) -> HttpResponse:
+    def acted(self, request: HttpRequest, asked: HandOver) -> HttpResponse:
         """The buttons: answer, ``take``, ``close``. What was not sent stays in the box."""
         if not self.has_answer_permission(request):
             raise PermissionDenied
@@ -132,8 +109,8 @@ class HandOverAdmin(CheapList):
                 return HttpResponseRedirect(request.path)
         form = ReplyForm(request.POST)
         if not form.is_valid() or not self._answered(request, asked, form.cleaned_data):
-            return self._page(request, asked, form, status=400)
-        return HttpResponseRedirect(reverse(_QUEUE))
+            return self._shown(request, asked, form, status=400)
+        return HttpResponseRedirect(self.home_url())
 
     def _answered(self, request: HttpRequest, asked: HandOver, told: dict[str, Any]) -> bool:
         try:
@@ -145,7 +122,11 @@ class HandOverAdmin(CheapList):
         self.message_user(request, "Sent. The user sees it at once.", messages.SUCCESS)
         return True
 
-    def _page(
+    def shown(self, request: HttpRequest, asked: HandOver) -> HttpResponse:
+        """The conversation and the box below it."""
+        return self._shown(request, asked)
+
+    def _shown(
         self,
         request: HttpRequest,
         asked: HandOver,
@@ -156,10 +137,7 @@ class HandOverAdmin(CheapList):
         rows = Message.objects.filter(conversation=asked.conversation_id).on_the_page()
         said = list(rows.order_by("-seq")[:SHOWN_MESSAGES])[::-1]
         text = refused.data.get("text", "") if refused is not None else ""
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "original": asked,
+        told = {
             "title": "A user asked for a person",
             "said": said,
             "form": ReplyForm(initial={"text": text, "seen": said[-1].seq if said else 0}),
@@ -167,4 +145,4 @@ class HandOverAdmin(CheapList):
             "may_answer": self.has_answer_permission(request),
             "age": timesince(asked.created_at),
         }
-        return TemplateResponse(request, self.change_form_template, context, status=status)
+        return self.page(request, asked, told, status=status)

@@ -9,19 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin, messages
-from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
-from django.urls import URLPattern, path, reverse
+from django.urls import URLPattern, path
 from django.views.decorators.http import require_POST
 
-from conversations.admin import CheapList
+from conversations.admin import CheapList, OwnPage
 from monitoring import drift, plots, references
 from monitoring.drift_scale import NAMES
 from monitoring.models import DriftReference, DriftReport
 
-_LIST = "admin:monitoring_driftreport_changelist"
 _LOOK, _REFER = "monitoring.add_driftreport", "monitoring.add_driftreference"
 #: Reports in a picture, the newest.
 SHOWN = 90
@@ -82,7 +79,8 @@ def rows_of(report: DriftReport) -> list[dict[str, Any]]:
 
 
 @admin.register(DriftReport)
-class DriftReportAdmin(CheapList):
+class DriftReportAdmin(OwnPage):
+    gone = "This report is gone."
     list_display = ["__str__", "breached", "drifting", "turns", "created_at"]
     list_filter = ["breached"]
     ordering = ["-created_at", "-id"]
@@ -106,7 +104,7 @@ class DriftReportAdmin(CheapList):
                 view(request)
             except references.DriftError as error:
                 self.message_user(request, str(error), messages.ERROR)
-            return HttpResponseRedirect(reverse(_LIST))
+            return HttpResponseRedirect(self.home_url())
 
         return self.admin_site.admin_view(require_POST(checked))
 
@@ -158,29 +156,13 @@ class DriftReportAdmin(CheapList):
         }
         return super().changelist_view(request, {**context, **(extra_context or {})})
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
+    def told(self, request: HttpRequest, report: DriftReport) -> dict[str, Any]:
         """One window against its reference."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        report = self.get_object(request, unquote(object_id))
-        if report is None:
-            self.message_user(request, "This report is gone.", messages.WARNING)
-            return HttpResponseRedirect(reverse(_LIST))
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "original": report,
+        return {
             "title": "Drift" if report.breached else "No drift",
             "rows": rows_of(report),
             "may_refer": request.user.has_perm(_REFER),
         }
-        return TemplateResponse(request, self.change_form_template, context)
 
 
 @admin.register(DriftReference)

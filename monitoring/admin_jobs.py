@@ -11,11 +11,9 @@ from typing import Any, cast
 
 from django.contrib import admin, messages
 from django.contrib.admin.models import ADDITION, CHANGE, LogEntry
-from django.contrib.admin.utils import unquote
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 from django.utils.html import format_html
@@ -23,7 +21,7 @@ from django.utils.safestring import SafeString
 from django.views.decorators.http import require_POST
 
 from assistant.models import ModelVersion
-from conversations.admin import CheapList
+from conversations.admin import OwnPage
 from monitoring import evaluation, jobs, loop, plots, retraining
 from monitoring.golden_form import GoldenCaseForm
 from monitoring.models import EvaluationRun, GoldenCase, Job
@@ -57,7 +55,8 @@ def _bar(job: Job) -> SafeString:
 
 
 @admin.register(Job)
-class JobAdmin(CheapList):
+class JobAdmin(OwnPage):
+    gone = "There is no such job."
     list_display = ["__str__", "state", "stage", "how_far", "why", "created_at"]
     list_filter = ["state", "kind"]
     change_list_template = "admin/monitoring/job/change_list.html"
@@ -96,25 +95,7 @@ class JobAdmin(CheapList):
         told = {"may_open": request.user.has_perm("monitoring.add_job")}
         return super().changelist_view(request, {**told, **(extra_context or {})})
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
-        """One job: state, progress, log; POST is one of its buttons."""
-        job = self.get_object(request, unquote(object_id))
-        if not self.has_view_permission(request, job):
-            raise PermissionDenied
-        if job is None:
-            self.message_user(request, "There is no such job.", messages.WARNING)
-            return HttpResponseRedirect(reverse("admin:monitoring_job_changelist"))
-        if request.method == "POST":
-            return self._act(request, job)
-        return self._page(request, job)
-
-    def _act(self, request: HttpRequest, job: Job) -> HttpResponse:
+    def acted(self, request: HttpRequest, job: Job) -> HttpResponse:
         if not request.user.has_perm("monitoring.change_job"):
             raise PermissionDenied
         name = next((name for name in _ACTS if name in request.POST), None)
@@ -129,13 +110,17 @@ class JobAdmin(CheapList):
                 self.message_user(request, done, messages.SUCCESS)
         return HttpResponseRedirect(request.path)
 
-    def _page(self, request: HttpRequest, job: Job) -> HttpResponse:
+    def shown(self, request: HttpRequest, job: Job) -> HttpResponse:
+        """State, progress, log; loaded again while it runs."""
+        page = self.page(request, job, self.told(request, job))
+        if job.state in (Job.State.QUEUED, Job.State.RUNNING):
+            page["Refresh"] = str(LOOK_AGAIN_S)
+        return page
+
+    def told(self, request: HttpRequest, job: Job) -> dict[str, Any]:
         may_change = request.user.has_perm("monitoring.change_job")
         waited = (timezone.now() - job.created_at).total_seconds()
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "original": job,
+        return {
             "title": f"{job.get_kind_display()}: {job.get_state_display().lower()}",
             "bar": _bar(job),
             "result": list(_told(job.result)),
@@ -145,10 +130,6 @@ class JobAdmin(CheapList):
             "alive_s": (timezone.now() - (job.heartbeat_at or job.created_at)).total_seconds(),
             "waits_long": job.state == Job.State.QUEUED and waited > _LONG_WAIT_S,
         }
-        page = TemplateResponse(request, self.change_form_template, context)
-        if job.state in (Job.State.QUEUED, Job.State.RUNNING):
-            page["Refresh"] = str(LOOK_AGAIN_S)
-        return page
 
 
 def _evaluate(request: HttpRequest) -> Job:
@@ -207,7 +188,8 @@ def _job_url(job: Job) -> str:
 
 
 @admin.register(EvaluationRun)
-class EvaluationRunAdmin(CheapList):
+class EvaluationRunAdmin(OwnPage):
+    gone = "There is no such run."
     list_display = ["created_at", "suite", "model", "trigger", "well", "intents", "worse"]
     list_filter = ["suite", "trigger"]
     search_fields = ["model"]
@@ -238,24 +220,9 @@ class EvaluationRunAdmin(CheapList):
         }
         return super().changelist_view(request, {**told, **(extra_context or {})})
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
-        """One run: figures, what regressed, every intent with its history, what went wrong."""
-        run = self.get_object(request, unquote(object_id))
-        if not self.has_view_permission(request, run):
-            raise PermissionDenied
-        if run is None:
-            self.message_user(request, "There is no such run.", messages.WARNING)
-            return HttpResponseRedirect(reverse("admin:monitoring_evaluationrun_changelist"))
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "original": run,
+    def told(self, request: HttpRequest, run: EvaluationRun) -> dict[str, Any]:
+        """What it said of each intent, and the cases that were wrong."""
+        return {
             "title": str(run),
             "figures": [(name, _percent(run.figures.get(key))) for key, name in _FIGURES],
             "groups": list(_groups(run)),
@@ -263,7 +230,6 @@ class EvaluationRunAdmin(CheapList):
             "regressed": list(_cases(run, run.regressed)),
             "failures": list(_failures(run)),
         }
-        return TemplateResponse(request, self.change_form_template, context)
 
 
 _FIGURES = (

@@ -11,14 +11,13 @@ from typing import Any, cast
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied, ValidationError
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 
 from assistant.modelkit import labels
-from conversations.admin import CheapList
+from conversations.admin import OwnPage
 from conversations.models import Message
 from monitoring import review
 from monitoring.models import ReviewItem
@@ -68,7 +67,9 @@ class ReviewForm(forms.Form):
 
 
 @admin.register(ReviewItem)
-class ReviewItemAdmin(CheapList):
+class ReviewItemAdmin(OwnPage):
+    gone = "There is no such answer; its conversation may have been deleted."
+    home = "admin:monitoring_review_desk"
     list_display = ["message_id", "verdict", "intent", "as_example", "as_reviewed", "by"]
     list_filter = ["verdict", "as_example", "as_reviewed", "created_at"]
     list_select_related = ["by"]
@@ -104,27 +105,20 @@ class ReviewItemAdmin(CheapList):
 
     # -- one answer
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
-        """The answer of that message, judged or not; POST judges it."""
+    def found(self, request: HttpRequest, key: str) -> Message | None:
+        """The answer of that message, judged or not."""
         self._allowed(request)
-        answer = _answer(unquote(object_id))
-        if answer is None:
-            words = "There is no such answer; its conversation may have been deleted."
-            self.message_user(request, words, messages.WARNING)
-            return HttpResponseRedirect(reverse("admin:monitoring_review_desk"))
-        if request.method != "POST":
-            _note(request, answer, "Opened for review.")
-            return self._page(request, answer, ReviewForm(initial=_known(answer)))
+        return _answer(key)
+
+    def shown(self, request: HttpRequest, answer: Message) -> HttpResponse:
+        _note(request, answer, "Opened for review.")
+        return self._shown(request, answer, ReviewForm(initial=_known(answer)))
+
+    def acted(self, request: HttpRequest, answer: Message) -> HttpResponse:
         form = ReviewForm(request.POST)
         if form.is_valid() and self._judged(request, answer, form):
             return HttpResponseRedirect(_next(request, answer))
-        return self._page(request, answer, form, status=400)
+        return self._shown(request, answer, form, status=400)
 
     def _judged(self, request: HttpRequest, answer: Message, form: ReviewForm) -> bool:
         try:
@@ -139,19 +133,17 @@ class ReviewItemAdmin(CheapList):
         self.message_user(request, "Stored.", messages.SUCCESS)
         return True
 
-    def _page(
+    def _shown(
         self, request: HttpRequest, answer: Message, form: ReviewForm, status: int = 200
     ) -> HttpResponse:
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
+        told = {
             "title": "Review an answer",
             "answer": answer,
             "said": review.context(answer),
             "form": form,
         }
         template = "admin/monitoring/reviewitem/change_form.html"
-        return TemplateResponse(request, template, context, status=status)
+        return self.page(request, None, told, template=template, status=status)
 
 
 def _answer(key: str) -> Message | None:

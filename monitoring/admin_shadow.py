@@ -9,20 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin, messages
-from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
 
 from assistant import registry
-from conversations.admin import CheapList
+from conversations.admin import OwnPage
 from monitoring import shadow
 from monitoring.models import ShadowPair
 
-_LIST = "admin:monitoring_shadowpair_changelist"
 Verdict = ShadowPair.Verdict
 
 
@@ -37,7 +34,8 @@ def _judging(verdict: str, label: str) -> Any:
 
 
 @admin.register(ShadowPair)
-class ShadowPairAdmin(CheapList):
+class ShadowPairAdmin(OwnPage):
+    gone = "This conversation was deleted."
     list_display = [
         *("created_at", "outcome", "live_intent", "intent", "similar", "speed", "verdict"),
     ]
@@ -90,31 +88,11 @@ class ShadowPairAdmin(CheapList):
 
     # -- one pair
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
-        """Both answers side by side; POST is one of the verdicts."""
-        pair = self._pair(request, object_id)
-        if pair is None:
-            self.message_user(request, "This conversation was deleted.", messages.WARNING)
-            return HttpResponseRedirect(reverse(_LIST))
-        if request.method == "POST":
-            return self._judged(request, pair)
-        return self._page(request, pair)
-
-    def _pair(self, request: HttpRequest, object_id: str) -> ShadowPair | None:
-        """Raises: PermissionDenied."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        key = unquote(object_id)
+    def found(self, request: HttpRequest, key: str) -> ShadowPair | None:
         rows = ShadowPair.objects.select_related("version", "message__parent", "judged_by")
         return rows.filter(pk=key).first() if key.isdecimal() and len(key) < 19 else None
 
-    def _judged(self, request: HttpRequest, pair: ShadowPair) -> HttpResponse:
+    def acted(self, request: HttpRequest, pair: ShadowPair) -> HttpResponse:
         verdict = request.POST.get("verdict", "")
         if not self.has_judge_permission(request):
             raise PermissionDenied
@@ -124,22 +102,21 @@ class ShadowPairAdmin(CheapList):
         self.judge(request, ShadowPair.objects.filter(pk=pair.pk), verdict)
         following = self._following(pair)
         page = "admin:monitoring_shadowpair_change"
-        return HttpResponseRedirect(reverse(page, args=[following.pk]) if following else _list())
+        where = reverse(page, args=[following.pk]) if following else self.home_url()
+        return HttpResponseRedirect(where)
 
     def _following(self, pair: ShadowPair) -> ShadowPair | None:
         """The next older one on which they differ and nobody has judged."""
         rows = ShadowPair.objects.filter(version=pair.version, agreed=False, verdict="")
         return rows.filter(pk__lt=pair.pk).order_by("-pk").first()
 
-    def _page(self, request: HttpRequest, pair: ShadowPair) -> HttpResponse:
+    def told(self, request: HttpRequest, pair: ShadowPair) -> dict[str, Any]:
+        """Both answers side by side, for who may read them."""
         may_read = request.user.has_perm("conversations.view_conversation")
         if may_read:
             self.log_change(request, pair, "Read the question and both answers.")
         asked = pair.message.parent
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "original": pair,
+        return {
             "title": "Live and candidate",
             "question": asked.text if may_read and asked is not None else "",
             "live_text": pair.message.text if may_read else "",
@@ -148,8 +125,3 @@ class ShadowPairAdmin(CheapList):
             "may_judge": self.has_judge_permission(request),
             "verdicts": Verdict.choices,
         }
-        return TemplateResponse(request, self.change_form_template, context)
-
-
-def _list() -> str:
-    return reverse(_LIST)

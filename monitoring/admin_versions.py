@@ -15,21 +15,19 @@ from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 
 from assistant import registry
 from assistant.models import ModelVersion, VersionChange
 from assistant.registry import MOVES, RegistryError, State
-from conversations.admin import ReadOnly
+from conversations.admin import OwnPage, ReadOnly
 from monitoring import promotion
 
 #: Changes shown below a version, the newest.
 SHOWN_CHANGES = 50
 _GATES = ("golden", "shadow", "canary")
 _SAID = {True: "passed", False: "failed", None: "open"}
-_LIST = "admin:assistant_modelversion_changelist"
 
 
 class WhyForm(forms.Form):
@@ -49,7 +47,8 @@ class Act:
 
 
 @admin.register(ModelVersion)
-class ModelVersionAdmin(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
+class ModelVersionAdmin(OwnPage):
+    gone = "There is no such version."
     list_display = ["__str__", "shown_state", "golden", "shadow", "canary", "changed_at"]
     list_filter = ["state"]
     search_fields = ["name", "version", "sha256"]
@@ -92,55 +91,35 @@ class ModelVersionAdmin(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
 
     # -- one of them
 
-    def change_view(
-        self,
-        request: HttpRequest,
-        object_id: str,
-        form_url: str = "",
-        extra_context: dict[str, Any] | None = None,
-    ) -> HttpResponse:
+    def told(self, request: HttpRequest, row: ModelVersion) -> dict[str, Any]:
         """What is known of it, its buttons and its audit trail; nothing can be edited."""
-        row = self._row(request, object_id)
-        if row is None:
-            return HttpResponseRedirect(reverse(_LIST))
-        if request.method == "POST":
-            raise PermissionDenied
-        context = {
-            **self._context(request, row),
+        return {
             "title": row.label,
             "gates": [_gate(row, name) for name in _GATES if name in row.gates],
             "changes": row.changes.select_related("by")[:SHOWN_CHANGES],
             "acts": _acts_for(row) if self.has_move_permission(request) else [],
         }
-        return TemplateResponse(request, self.change_form_template, context)
 
     def confirm_view(self, request: HttpRequest, object_id: str, name: str) -> HttpResponse:
         """What is about to happen, with a field for the reason; POST does it."""
         if not self.has_move_permission(request):
             raise PermissionDenied
-        row, act = self._row(request, object_id), ACTS.get(name)
+        row, act = self.found(request, unquote(object_id)), ACTS.get(name)
+        if row is None:
+            self.message_user(request, self.gone, messages.WARNING)
         if row is None or act is None:
-            return HttpResponseRedirect(reverse(_LIST))
+            return HttpResponseRedirect(self.home_url())
         form = WhyForm(request.POST or None)
         if request.method == "POST" and form.is_valid():
             self._do(request, row, act, form.cleaned_data["why"])
             return HttpResponseRedirect(_page(row))
-        context = {
-            **self._context(request, row),
+        told = {
             "title": f"{act.label}: {row.label}",
             "act": act,
             "form": form,
             "fits": act.fits(row),
         }
-        return TemplateResponse(request, self.confirm_template, context)
-
-    def _row(self, request: HttpRequest, object_id: str) -> ModelVersion | None:
-        if not self.has_view_permission(request):
-            raise PermissionDenied
-        row = self.get_object(request, unquote(object_id))
-        if row is None:
-            self.message_user(request, "There is no such version.", messages.WARNING)
-        return row
+        return self.page(request, row, told, template=self.confirm_template)
 
     def _do(self, request: HttpRequest, row: ModelVersion, act: Act, why: str) -> None:
         """Do it and say what came of it. The registry keeps the audit trail; so does the log."""
@@ -151,9 +130,6 @@ class ModelVersionAdmin(ReadOnly, admin.ModelAdmin):  # type: ignore[type-arg]
             return
         self.log_change(request, row, f"{act.label}: {told} Why: {why}")
         self.message_user(request, told, messages.SUCCESS)
-
-    def _context(self, request: HttpRequest, row: ModelVersion) -> dict[str, Any]:
-        return {**self.admin_site.each_context(request), "opts": self.opts, "original": row}
 
 
 @admin.register(VersionChange)
