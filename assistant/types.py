@@ -1,8 +1,8 @@
 """What crosses the boundary between a conversation and whatever answers it.
 
 Frozen values only: no Django, no arrays, no tokens. A backend takes ``Message``s and ``Params`` and
-yields ``Event``s: one ``Started``, any number of ``Delta``s, one ``Finished``. Failures are raised,
-never yielded (see ``assistant.errors``).
+yields ``Event``s: ``Waiting``s while it keeps the question in a queue, one ``Started``, any number
+of ``Delta``s, one ``Finished``. Failures are raised, never yielded (see ``assistant.errors``).
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """The question has that place in the queue (1: the next); its first word is about so many
+    seconds away. Told again where it changes, about twice a second at most."""
+
+    place: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The answer is about to be shown. ``confidence`` and ``scope`` are calibrated, 0..1.
 
@@ -89,4 +98,4 @@ class Finished:
     logprob: float | None = None
 
 
-Event = Started | Delta | Finished
+Event = Waiting | Started | Delta | Finished

@@ -1,7 +1,8 @@
 """A deterministic fake that ships: says the question back, slowly, or breaks, as asked.
 
 For tests, demos and front-end work without a model. OPTIONS set its manners; a question that
-starts with ``/echo`` overrides them: ``/echo delay=0.05 error=3 confidence=0.2 words=40``.
+starts with ``/echo`` overrides them: ``/echo delay=0.05 error=3 confidence=0.2 words=40``, or
+``/echo queue=3 place=0.5`` to be third in line, half a second a place.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from assistant.types import (
     Params,
     Started,
     Usage,
+    Waiting,
 )
 
 _FAILURES: dict[str, AssistantError] = {
@@ -55,6 +57,8 @@ class EchoBackend(Backend):
 
         delay_s: float = 0.0
         first_delay_s: float = 0.0
+        queue: int = 0  # places it stands in line, and how long each takes
+        place_s: float = 0.5
         words: int = 0  # length of the answer in words; 0: as long as the question
         words_per_delta: int = 1
         error_after: int | None = None
@@ -74,6 +78,9 @@ class EchoBackend(Backend):
         manner, said = _commanded(self.options, messages[-1].text)
         if manner.failure:
             raise _FAILURES.get(manner.failure, GenerationFailed("The echo was told to fail."))
+        for place in range(manner.queue, 0, -1):
+            yield Waiting(place, place * manner.place_s)
+            await asyncio.sleep(manner.place_s)
         yield Started(self.alias, manner.intent, manner.confidence, manner.scope, _band(manner))
         await asyncio.sleep(manner.first_delay_s)
         words = _words(said, manner.words)
@@ -148,6 +155,8 @@ def _band(manner: EchoBackend.Options) -> Band:
 _COMMANDS: dict[str, tuple[str, type]] = {
     "delay": ("delay_s", float),
     "first": ("first_delay_s", float),
+    "queue": ("queue", int),
+    "place": ("place_s", float),
     "words": ("words", int),
     "per": ("words_per_delta", int),
     "error": ("error_after", int),

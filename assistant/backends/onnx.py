@@ -10,11 +10,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from assistant.backends.base import Backend, Vector
+from assistant.backends.line import served
 from assistant.engine import (
     ChatTurn,
     Codec,
@@ -51,6 +53,7 @@ from assistant.types import (
     Params,
     Started,
     Usage,
+    Waiting,
 )
 
 
@@ -254,14 +257,18 @@ class OnnxBackend(Backend):
         writer = _Writer(ready.codec, params, values)
         begun = False
         try:
-            async for tokens in generation:
-                if not begun:
-                    begun = True
-                    yield _begun(ready.manifest, generation)
-                if text := writer.push(tokens):
-                    yield Delta(text)
-                if writer.stopped:
-                    break
+            async with aclosing(cast(Any, served(generation))) as batches:
+                async for tokens in batches:
+                    if isinstance(tokens, Waiting):
+                        yield tokens
+                        continue
+                    if not begun:
+                        begun = True
+                        yield _begun(ready.manifest, generation)
+                    if text := writer.push(tokens):
+                        yield Delta(text)
+                    if writer.stopped:
+                        break
         except EngineError as error:
             raise _failed(error) from error
         if not begun:  # the model ended before its first word

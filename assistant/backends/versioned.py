@@ -27,7 +27,7 @@ from assistant.engine.machine import give_back_memory, keep_large_blocks_apart
 from assistant.engine.manifest import Manifest
 from assistant.errors import AssistantError, ModelUnavailable
 from assistant.models import ModelVersion
-from assistant.types import Event, Message, Params, Started
+from assistant.types import Event, Message, Params, Started, Waiting
 
 if TYPE_CHECKING:
     from assistant.engine import Engine
@@ -120,7 +120,7 @@ class VersionedBackend(Backend):
             try:
                 async with aclosing(cast(Any, _held(self._written(messages, params)))) as events:
                     async for event in events:
-                        shown = True
+                        shown = shown or not isinstance(event, Waiting)
                         yield event
                 return
             except Exception as error:

@@ -146,6 +146,7 @@ class Engine:
         ticket.asked_s, ticket.promised_s = time.perf_counter(), eta
         if not worker.gate.enter(ticket):
             raise Overloaded(f"{len(worker.gate)} requests wait; about {eta:.1f} s", eta)
+        ticket.place, ticket.wait_s = worker.last_place, eta
         generation = Generation(ticket, worker.commands)
         if not worker.submit(ticket):
             raise self._ended(worker)

@@ -37,8 +37,8 @@ class Ticket:
     """
 
     __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "asked_s", "closed", "error",
-                 "finish_reason", "first", "prefill_s", "promised_s", "queue_s", "request",
-                 "sampling", "verdict")  # fmt: skip
+                 "finish_reason", "first", "place", "prefill_s", "promised_s", "queue_s",
+                 "request", "sampling", "verdict", "wait_s")  # fmt: skip
 
     def __init__(self, request: Request, sampling: Sampling, first: FirstTokenRule | None) -> None:
         self.request, self.sampling, self.first = request, sampling, first
@@ -49,6 +49,9 @@ class Ticket:
         #: When it was asked, until its first token; and the wait that was promised.
         self.asked_s: float | None = None
         self.promised_s = 0.0
+        #: Its number in the queue, 0 with a slot; and the wait for its first token from there.
+        self.place = 0
+        self.wait_s = 0.0
         #: How long it waited for a slot, and from there for its first token.
         self.queue_s: float | None = None
         self.prefill_s: float | None = None
@@ -131,6 +134,16 @@ class Generation:
     @property
     def verdict(self) -> Verdict | None:
         return self._ticket.verdict
+
+    @property
+    def place(self) -> int:
+        """Its number in the queue, 1 for the next; 0 once it has a slot, or has ended."""
+        return 0 if self._ticket.closed or self._ticket.done else self._ticket.place
+
+    @property
+    def wait_s(self) -> float:
+        """About how many seconds its first token is away, as of when ``place`` was counted."""
+        return self._ticket.wait_s
 
     @property
     def queue_s(self) -> float | None:

@@ -114,6 +114,21 @@ class Waiting:
             self._scopes[scope] = queue
         return request
 
+    def in_order(self, running: Counter[str]) -> list[Request]:
+        """All of them as ``take`` would give them while nobody comes or ends."""
+        turns = [(running[scope], at, scope) for at, scope in enumerate(self._scopes)]
+        heapq.heapify(turns)
+        taken: Counter[str] = Counter()
+        found: list[Request] = []
+        while turns:
+            busy, _, scope = heapq.heappop(turns)
+            queue = self._scopes[scope]
+            found.append(queue[taken[scope]])
+            taken[scope] += 1
+            if taken[scope] < len(queue):
+                heapq.heappush(turns, (busy + 1, len(self._scopes) + len(found), scope))
+        return found
+
     def remove(self, request: Request) -> None:
         """Harmless when it is not there."""
         queue = self._scopes.get(request.scope, deque())
@@ -157,7 +172,7 @@ class Scheduler:
         """Give free slots to who waits. What a slot's cache holds for them is the caller's to say:
         set ``cached`` before the next ``plan``."""
         admitted = []
-        running = Counter(request.scope for request in self.running)
+        running = self._by_scope()
         while self.waiting and self._free:
             request = self.waiting.take(running)
             request.slot = heapq.heappop(self._free)
@@ -165,6 +180,13 @@ class Scheduler:
             self.running.append(request)
             admitted.append(request)
         return admitted
+
+    def line(self) -> list[Request]:
+        """Who waits, the next one first."""
+        return self.waiting.in_order(self._by_scope())
+
+    def _by_scope(self) -> Counter[str]:
+        return Counter(request.scope for request in self.running)
 
     def tidy(self) -> Move | None:
         """Where busy slots lie far apart, the highest moves down into a hole: a step computes every
@@ -289,11 +311,35 @@ class Rates:
         """Prompt tokens that fit beside running answers into a step of ``most_s``."""
         return int(max(0.0, most_s - self.step_s) / self.prefill_s)
 
-    def eta_s(self, *, prompt_tokens: int, ahead: int, slots: int, free: bool) -> float:
+    def eta_s(
+        self,
+        *,
+        prompt_tokens: int,
+        ahead: int,
+        slots: int,
+        free: bool,
+        left: Sequence[float] = (),
+        period_s: float = 0.0,
+    ) -> float:
         """Until a newcomer's first token: the prompts before it and its own, and slots to fall
-        free: of ``slots`` answers that end evenly, number ``ahead`` + 1 ends."""
-        rounds = 0.0 if free else (ahead + 1) / (slots + 1)
-        return prompt_tokens * self.prefill_s + rounds * self.answer_tokens * self.step_s
+        free, of which it gets number ``ahead`` + 1. ``left``: tokens that running answers still
+        have to write; without it they end evenly. ``period_s``: a paced answer's time per token."""
+        tokens = 0.0
+        if not free and left:
+            rounds, nth = divmod(ahead, len(left))
+            tokens = sorted(left)[nth] + rounds * self.answer_tokens
+        elif not free:
+            tokens = (ahead + 1) / (slots + 1) * self.answer_tokens
+        return prompt_tokens * self.prefill_s + tokens * max(self.step_s, period_s)
+
+    def left(self, requests: Sequence[Request]) -> list[float]:
+        """About how many tokens each of them still writes: to the usual length; one that is past
+        it, or near, goes on for a part of that; none beyond what it may."""
+        least = self.answer_tokens / (len(requests) + 1)
+        return [
+            min(one.max_new_tokens - one.written, max(least, self.answer_tokens - one.written))
+            for one in requests
+        ]
 
     def waited(self, promised_s: float, real_s: float) -> None:
         """A first token came ``real_s`` after a promise of ``promised_s``."""

@@ -43,6 +43,8 @@ _LEAST_KEPT_TOKENS = 8
 #: them takes longer than such a part of the longest step.
 _EMBEDDING_SHARE = 5
 _LEAST_PIECE = 16
+#: Who waits is counted this often at most; the count is for people to read.
+_COUNT_LINE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,9 @@ class Worker:
         self._embed_from_s = 0.0
         #: How long to wait for commands where no answer is due yet.
         self._rest_s = 0.0
+        self._period_s = 1 / config.reading_tokens_per_s if config.reading_tokens_per_s else 0.0
+        #: When who waits is to be counted again.
+        self._line_from_s = 0.0
         self._counters = _Counters([0] * (self.slots + 1))
         self._tickets: dict[Request, Ticket] = {}
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, asyncio.Future[None]]]]
@@ -263,13 +268,20 @@ class Worker:
 
     def eta_s(self, prompt_tokens: int = 0) -> float:
         """What a newcomer with that many tokens would wait for its first one."""
-        ahead = len(self.gate)
+        running, ahead = tuple(self._scheduler.running), len(self.gate)
         return self.rates.eta_s(
             prompt_tokens=self.gate.tokens + prompt_tokens,
-            ahead=ahead,
+            ahead=max(0, ahead - (self.slots - len(running))),
             slots=self.slots,
-            free=len(self._scheduler.running) + ahead < self.slots,
+            free=len(running) + ahead < self.slots,
+            left=self.rates.left(running),
+            period_s=self._period_s,
         )
+
+    @property
+    def last_place(self) -> int:
+        """The number in the queue of whoever came last; 0: a slot is free for them."""
+        return max(0, len(self.gate) - (self.slots - len(self._scheduler.running)))
 
     def embedding_eta_s(self) -> float:
         """What waits for its embeddings takes so long, if answers are written all the while."""
@@ -337,6 +349,7 @@ class Worker:
     def _step(self) -> None:
         for request in self._scheduler.admit():
             self._open(request)
+        self._count_line()
         if (move := self._scheduler.tidy()) is not None:
             self._runner.copy(*move)
             self._sampler.move(move.source, move.target)
@@ -350,6 +363,25 @@ class Worker:
             self._count(step, time.perf_counter() - began)
         self._rest_s = step.wait_s
         self._publish()
+
+    def _count_line(self) -> None:
+        """Tell who waits their places and about how long it takes from there, now and then."""
+        now = time.perf_counter()
+        if not self._scheduler.waiting or now < self._line_from_s:
+            return
+        self._line_from_s = now + _COUNT_LINE_S
+        left, prompts = self.rates.left(self._scheduler.running), 0
+        for ahead, request in enumerate(self._scheduler.line()):
+            ticket, prompts = self._tickets[request], prompts + len(request.prompt)
+            ticket.place = ahead + 1
+            ticket.wait_s = self.rates.eta_s(
+                prompt_tokens=prompts,
+                ahead=ahead,
+                slots=self.slots,
+                free=False,
+                left=left,
+                period_s=self._period_s,
+            )
 
     def _embed(self) -> None:
         """One piece of what is read for embeddings, if answers leave time for it."""
@@ -376,6 +408,7 @@ class Worker:
         """Prepare the slot that ``request`` was just given, with what is kept of its chat."""
         ticket = self._tickets[request]
         self.gate.leave(ticket)
+        ticket.place = 0
         if ticket.asked_s is not None:
             ticket.queue_s = time.perf_counter() - ticket.asked_s
         self._sampler.open(request.slot, ticket.sampling, request.prompt)
