@@ -23,6 +23,7 @@ from conversations.models import Conversation, Feedback, Message
 #: Why somebody else answered, or the model with caution.
 REASONS = (
     *("caution", "low_confidence", "out_of_scope", "overload", "timeout", "breaker_open", "error"),
+    "hurry",
 )
 #: Messages shown below a conversation; the rest are behind the message list's filter.
 INLINE_MESSAGES = 200

@@ -31,9 +31,10 @@ from conversations.logins import Watch, watched
 from conversations.models import Conversation, Message, note_siblings
 from conversations.news import ears
 from conversations.resume import ELSEWHERE_S, Stored, reader_of
-from conversations.running import running, stop
+from conversations.running import hurry, running, stop
 from conversations.turn import Turn
 from conversations.wire import Frame
+from fallback import breaker
 
 log = logging.getLogger(__name__)
 
@@ -205,9 +206,12 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def _handle(self, frame: Frame) -> None:
         match frame.type:
             case "ping":
-                self._say({"type": "pong"})
+                told = await in_thread(breaker.notice)
+                self._say({"type": "pong", **({"notice": told} if told else {})})
             case "auth":
                 raise InvalidRequest("This socket is signed in. Open another one for another user.")
+            case "message.hurry":
+                await self._hurry(await in_thread(self._named, frame))
             case "message.cancel":
                 await self._stop(await in_thread(self._named, frame))
             case "message.resume":
@@ -275,6 +279,12 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._follow(begun.read(), frame.ref, begun)
         else:
             self._follow(_again(begun), frame.ref, running.get(self._conversation_id), again=True)
+
+    async def _hurry(self, named: Message | None) -> None:
+        """Have what waits here answered by what is known; nothing waiting is no error."""
+        message = named or await in_thread(self._last_answer)
+        if message is not None:
+            await in_thread(hurry, message)
 
     async def _stop(self, named: Message | None) -> None:
         """Stop what runs here; nothing running is no error, two clicks on "stop" are normal."""

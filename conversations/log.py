@@ -36,6 +36,16 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """Nothing is written yet: its number in the queue (1: the next), and about how long it is."""
+
+    seq: int
+    message_id: uuid.UUID
+    position: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     seq: int
     message_id: uuid.UUID
@@ -59,7 +69,7 @@ class Failed:
     error: AssistantError
 
 
-TurnEvent = Created | Delta | Completed | Failed
+TurnEvent = Created | Queued | Delta | Completed | Failed
 
 
 # --- The log -------------------------------------------------------------------------------------
@@ -86,6 +96,9 @@ class Log:
     def begin(self) -> None:
         """The loop this is called on is the one that writes."""
         self.loop = asyncio.get_running_loop()
+
+    def queued(self, position: int, seconds: float) -> None:
+        self._append(Queued(len(self._events) + 1, self._message_id, position, seconds))
 
     def write(self, text: str) -> None:
         """Tell the first delta at once, later ones joined per ``COALESCE_S``."""

@@ -30,7 +30,7 @@ from conversations import limits, openai_request, openai_wire, wire
 from conversations.access import caller_of
 from conversations.counting import Places
 from conversations.limits import Caller
-from conversations.log import Completed, Created, Delta, Failed
+from conversations.log import Completed, Created, Delta, Failed, Queued
 from conversations.openai_request import Asked, Embeddable
 from conversations.openai_wire import Part, Reply
 from conversations.turn import Turn
@@ -269,7 +269,7 @@ class Choices:
             event = await anext(self._readers[self._at], None)
             if event is None:
                 self._at += 1
-            elif not isinstance(event, Created):
+            elif not isinstance(event, Created | Queued):  # the dialect has no word for a queue
                 part = Part(self._at, self._turns[self._at].source, event)
                 if _error_of(part) is not None:
                     self.close()

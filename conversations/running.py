@@ -11,11 +11,12 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from conversations.limits import Caller, may_write
 from conversations.models import STALE_AFTER, Message
+from fallback import shared
 
 if TYPE_CHECKING:
     from conversations.log import Log
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Logs of ended turns are kept for readers that come back: so many, for so long.
 KEPT_LOGS, KEPT_LOGS_S = 200, 600.0
+#: Longer than anything waits for its first word.
+HURRY_KEPT_S = 60
 
 
 class Running:
@@ -114,6 +117,30 @@ def stop_all(caller: Caller) -> None:
         turn.close("stopped")
     rows = Message.objects.visible_to(caller).filter(status=Message.Status.STREAMING)
     rows.update(status=Message.Status.STOPPED, finish_reason="cancelled")
+
+
+def hurry(message: Message) -> bool:
+    """Have that answer come from what is known, if it is still being waited for here; another
+    process, which is where its reader's socket is, hears of it in the cache. Sync."""
+    turn = running.get(message.conversation_id)
+    if turn is not None and turn.message.pk == message.pk:
+        return turn.hurry()
+    if message.status != Message.Status.STREAMING or message.text:
+        return False
+    with suppress(shared.Away):
+        shared.ask(lambda cache: cache.set(_hurry_key(message.pk), 1, HURRY_KEPT_S))
+    return True
+
+
+def hurried(message_id: uuid.UUID) -> bool:
+    """Whether another process was told to hurry with that answer. Sync: one round trip."""
+    with suppress(shared.Away):
+        return bool(shared.ask(lambda cache: cache.get(_hurry_key(message_id))))
+    return False
+
+
+def _hurry_key(message_id: uuid.UUID) -> str:
+    return f"hurry:{message_id}"
 
 
 def stop(message: Message) -> bool:

@@ -257,6 +257,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         query=(inputs.MessageQuery, _choice("ordering", "created_at", "-created_at"), *_PAGED),
     ),
     ("MessageCancel", "POST"): Operation("Stop an answer that is being written", Message),
+    ("MessageHurry", "POST"): Operation("Wait no longer: have what is known answer now", Message),
     ("MessageEvents", "GET"): Operation(
         "An answer's events, from the start or from where you were",
         None,

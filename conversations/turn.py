@@ -31,9 +31,9 @@ from assistant.threads import in_thread
 from conversations import handover, limits, markdown, opening, tasks
 from conversations.idempotency import Once
 from conversations.limits import Caller
-from conversations.log import Created, Delta, Log, Reader
+from conversations.log import Created, Delta, Log, Queued, Reader
 from conversations.models import ALIVE_EVERY_S, Conversation, HandOver, Message
-from conversations.running import running
+from conversations.running import hurried, running
 from fallback.router import Routed, route
 from fallback.rules import Button
 
@@ -289,7 +289,7 @@ class Turn:
         message, reader = self.message, self.read()
         try:
             async for event in reader:
-                if not isinstance(event, Delta):
+                if not isinstance(event, Queued | Delta):
                     message = event.message
         finally:
             reader.close()
@@ -344,6 +344,8 @@ class Turn:
             case Routed():
                 progress.route, progress.reason = event.route, event.reason
                 progress.buttons, progress.hand_over = event.buttons, event.hand_over
+            case types.Waiting():
+                self._log.queued(event.place, event.seconds)
             case types.Started():
                 progress.started = event
             case types.Delta():
@@ -365,6 +367,8 @@ class Turn:
         """Every 2 s, off the token loop: a sign of life and the text so far, for the worst case."""
         while self._stored:
             await asyncio.sleep(ALIVE_EVERY_S)
+            if not self._progress.parts and await in_thread(hurried, self.message.pk):
+                self._ask.patience.end()  # said where another process listened
             try:
                 found = await in_thread(self._checkpoint)
             except Exception as error:  # the database is away: the answer goes on
@@ -513,7 +517,21 @@ class Turn:
             if isinstance(answer, Exception):
                 log.error("observer %r broke: %s", receiver, type(answer).__name__)
 
-    # -- stopping early (from any thread)
+    # -- hurrying and stopping early (from any thread)
+
+    def hurry(self) -> bool:
+        """Have it answered by what is known, instead of waiting on; False once words are shown, or
+        it has ended. From any thread, any number of times."""
+        if self._progress.parts or self._ending is not None or self.done:
+            return False
+        with self._lock:
+            task = self._task
+            if task is None:
+                self._ask.patience.end()
+        with suppress(RuntimeError):  # the loop has closed, and the task with it
+            if task is not None:
+                task.get_loop().call_soon_threadsafe(self._ask.patience.end)
+        return True
 
     def close(self, ending: Ending = "stopped") -> None:
         """Stop writing and keep what there is. From any thread, any number of times."""

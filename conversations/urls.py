@@ -27,6 +27,7 @@ urlpatterns = [
     path("api/v1/conversations/<uuid:pk>/messages/", views.Messages.as_view(), name="messages"),
     path("api/v1/messages/", views.OwnMessages.as_view(), name="own-messages"),
     path("api/v1/messages/<uuid:pk>/cancel/", views.MessageCancel.as_view(), name="message-cancel"),
+    path("api/v1/messages/<uuid:pk>/hurry/", views.MessageHurry.as_view(), name="message-hurry"),
     path("api/v1/messages/<uuid:pk>/events/", views.MessageEvents.as_view(), name="message-events"),
     path(
         "api/v1/messages/<uuid:pk>/regenerate/",

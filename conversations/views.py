@@ -60,8 +60,9 @@ from conversations.limits import Caller
 from conversations.models import Conversation, Feedback, Message, note_siblings
 from conversations.opening import RESULT_FIELDS
 from conversations.resume import MAX_SEQ, Stored, reader_of
-from conversations.running import running, stop
+from conversations.running import hurry, running, stop
 from conversations.turn import Turn
+from fallback import breaker
 
 # --- REST ----------------------------------------------------------------------------------------
 
@@ -304,6 +305,14 @@ class MessageCancel(APIView):
         return Response(wire.message_json(_message(request, pk)), status=202 if stopping else 200)
 
 
+class MessageHurry(APIView):
+    def post(self, request: Request, pk: uuid.UUID) -> Response:
+        """202 if what is known answers now instead of who was waited for; 200 if its first words
+        were there before."""
+        hurrying = hurry(_message(request, pk))
+        return Response(wire.message_json(_message(request, pk)), status=202 if hurrying else 200)
+
+
 class MessageFeedback(APIView):
     def post(self, request: Request, pk: uuid.UUID) -> Response:
         """The answer with what its reader thinks of it; said again, it replaces what was said."""
@@ -361,6 +370,7 @@ def chat(request: HttpRequest, pk: uuid.UUID | None = None) -> HttpResponseBase:
             "assistant_name": settings.ASSISTANT["NAME"],
             "max_text_chars": settings.ASSISTANT_MAX_TEXT_CHARS,
             "model_ready": not problem,
+            "maintenance": breaker.notice(),
             "model_problem": shown,  # it names files: for those who can mend it
             "examples": settings.ASSISTANT["EXAMPLES"],
             "anonymous": caller.user_id is None,

@@ -23,7 +23,7 @@ from assistant.errors import AssistantError, InvalidRequest
 from conversations.access import BodyTooLarge, loads
 from conversations.counting import Standing
 from conversations.errors import ERRORS
-from conversations.log import Completed, Created, Delta, Failed, TurnEvent
+from conversations.log import Completed, Created, Delta, Failed, Queued, TurnEvent
 from conversations.models import Conversation, Feedback, HandOver, Message
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -267,6 +267,15 @@ def event_json(event: TurnEvent) -> dict[str, Any]:
                 "user_message": message_json(asked) if asked is not None else None,
                 "conversation": conversation_json(event.conversation),
             }
+        case Queued():
+            return {
+                "type": "status",
+                "seq": event.seq,
+                "id": str(event.message_id),
+                "state": "queued",
+                "position": event.position,
+                "eta_ms": round(event.seconds * 1000),
+            }
         case Delta():
             return {
                 "type": "message.delta",
@@ -362,7 +371,7 @@ ASKING = {
     "message.regenerate": True,
     "message.edit": True,
 }
-FRAME_TYPES = (*ASKING, "message.cancel", "message.resume", "ping", "auth")
+FRAME_TYPES = (*ASKING, "message.hurry", "message.cancel", "message.resume", "ping", "auth")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from assistant.errors import AssistantError, GenerationFailed, InvalidRequest, ModelUnavailable
-from assistant.types import Delta, Event
+from assistant.types import Delta, Event, Waiting
 from fallback import shared
 from fallback.circuit import Circuit, Clock, Limits, Outcome, Permit, State
 
@@ -248,7 +248,7 @@ class Call:
         self._heard = False
 
     def heard(self, event: Event) -> None:
-        self._heard = True
+        self._heard = self._heard or not isinstance(event, Waiting)  # a queue tells of no health
         if self._waited_s < 0 and isinstance(event, Delta):
             self._waited_s = self._clock() - self._begun_at
 
@@ -329,6 +329,18 @@ def states() -> dict[str, int]:
 def maintenance() -> dict[str, Forced]:
     """What staff has forced, for the admin and the banner. Sync: asks the cache."""
     return {target: found for target, one in _all().items() if (found := one.forced) is not None}
+
+
+#: What users read while staff keeps a backend off, unless the note says it better.
+_NOTICE = "Part of the assistant is off for maintenance. Some answers come from prepared texts."
+
+
+def notice() -> str:
+    """What to tell everybody while staff keeps a backend off: their note's words after ``public:``,
+    or a usual sentence; empty if all may work. Sync: asks the cache."""
+    off = [found.note for found in maintenance().values() if found.state == "open"]
+    told = [words.strip() for note in off if (words := note.partition("public:")[2]).strip()]
+    return " ".join(dict.fromkeys(told)) or (_NOTICE if off else "")
 
 
 def force(

@@ -8,11 +8,10 @@ the ``Ask``.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from django.conf import settings
@@ -27,6 +26,7 @@ from fallback import breaker, cache
 from fallback.answers import Known
 from fallback.budget import BudgetSpent
 from fallback.matching import match
+from fallback.patience import Hurried, Patience, in_time
 from fallback.policy import Policy, policy
 from fallback.rules import Button
 from fallback.upstream import NoConsent
@@ -54,6 +54,8 @@ class Ask:
     params: Params
     known: Known
     steps: tuple[str, ...] = ()
+    #: Over: nothing is waited for any more, what is known answers.
+    patience: Patience = field(default_factory=Patience, compare=False)
 
     @property
     def question(self) -> str:
@@ -167,7 +169,11 @@ async def _cached(way: _Way) -> Events:
     """The fresh answer; else whoever answers after this does so for all who ask the same."""
     if (key := key_of(way.ask)) is None:
         raise _HandOn
-    way.flight = await way.stack.enter_async_context(cache.flight(key))
+    try:
+        flying = cache.flight(key)
+        way.flight = await way.ask.patience.wait(lambda: way.stack.enter_async_context(flying))
+    except Hurried:
+        raise _HandOn("hurry") from None
     looked_up.send_robust(sender=cache.Flight, kind="exact", hit=way.flight.answer is not None)
     if way.flight.answer is None:
         raise _HandOn
@@ -220,17 +226,22 @@ def _continued(way: _Way) -> list[Routed | Event]:
 
 
 async def _model(alias: str, way: _Way) -> Events:
-    """The model's events. Anything that goes wrong before its first delta hands the question on."""
+    """The model's events. Anything that goes wrong before its first delta hands the question on,
+    and so does somebody who will not wait for it."""
     alone = way.alone(alias)
+    if way.ask.patience.over:
+        raise _HandOn("hurry")
     try:
         backend = backends.get(alias)
-        stream = _in_time(guarded(backend, way.ask))
+        stream = in_time(guarded(backend, way.ask), way.ask.patience)
         async with aclosing(cast(Any, stream)) as events:
             async for event in _judged(backend.route, events, way, alone=alone):
                 way.shown = way.shown or isinstance(event, Delta)
                 yield event
     except (InvalidRequest, _HandOn):
         raise
+    except Hurried:
+        raise _HandOn("hurry") from None
     except Exception as error:
         if not isinstance(error, (AssistantError, TimeoutError)):
             log.exception("backend %s broke", alias)
@@ -305,21 +316,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Overloaded):
         return "overload"
     return "timeout" if isinstance(error, TimeoutError) else "error"
-
-
-async def _in_time(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """The events; TimeoutError if the first delta takes longer than settings allow."""
-    loop = asyncio.get_running_loop()
-    deadline: float | None = loop.time() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
-    async with aclosing(cast(Any, events)):
-        while True:
-            async with asyncio.timeout_at(deadline):  # around one await: never across a yield
-                event = await anext(events, None)
-            if event is None:
-                return
-            if isinstance(event, Delta):
-                deadline = None  # the turn's own limit holds from here
-            yield event
 
 
 # --- Shapes --------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ ROUTES = (*Message.Route.values, NONE)
 TRANSPORTS = ("ws", "sse", "rest", "openai")
 OUTCOMES = ("ok", "error", "cancelled", "rejected")
 #: Why somebody else answered than the first on the route.
-FALLBACK_REASONS = ("low_confidence", "overload", "timeout", "breaker_open", "error")
+FALLBACK_REASONS = ("low_confidence", "overload", "timeout", "breaker_open", "error", "hurry")
 REASONS = (*FALLBACK_REASONS, "caution", "out_of_scope")
 LIMITS = ("chat", "tokens-minute", "tokens-day", "login", "turns", "sockets")
 #: Different names of models in labels; more are shown as ``other``.

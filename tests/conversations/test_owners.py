@@ -46,6 +46,7 @@ KINDS: dict[str, str] = {
     "messages": "owned",
     "own-messages": "own",
     "message-cancel": "owned",
+    "message-hurry": "owned",
     "message-regenerate": "owned",
     "message-edit": "owned",
     "message-feedback": "owned",

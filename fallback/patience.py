@@ -1,0 +1,69 @@
+"""How long a question waits for a first word: until a time, or until whoever asks has had enough.
+
+One ``Patience`` for one question. Knows nothing of models and routes; the router waits through it,
+and takes what is known once it is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+from django.conf import settings
+
+from assistant.types import Delta, Event
+
+T = TypeVar("T")
+
+
+class Hurried(Exception):
+    """Whoever asks would rather have what is known now."""
+
+
+class Patience:
+    """``over`` once they said so. On the loop of the question, but for reading ``over``."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._limit: asyncio.Timeout | None = None
+
+    def end(self) -> None:
+        """Whatever is waited for now, and from now on, is given up."""
+        self.over = True
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    async def wait(self, work: Callable[[], Awaitable[T]], until: float | None = None) -> T:
+        """What ``work`` comes to. Raises: Hurried; TimeoutError at that time of the loop."""
+        if self.over:
+            raise Hurried
+        try:
+            async with asyncio.timeout_at(until) as self._limit:
+                return await work()
+        except TimeoutError:
+            if self.over:
+                raise Hurried from None
+            raise
+        finally:
+            self._limit = None
+
+
+async def in_time(events: AsyncIterator[Event], patience: Patience) -> AsyncIterator[Event]:
+    """The events. Before the first delta: Hurried, and TimeoutError if that takes longer than
+    settings allow."""
+    deadline = asyncio.get_running_loop().time() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
+    shown = False
+    async with aclosing(cast(Any, events)):
+
+        async def another() -> Event | None:
+            return await anext(events, None)
+
+        while True:
+            # The turn's own limit holds once something is shown.
+            event = await (another() if shown else patience.wait(another, deadline))
+            if event is None:
+                return
+            shown = shown or isinstance(event, Delta)
+            yield event
