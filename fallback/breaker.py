@@ -245,10 +245,14 @@ class Call:
         self.place: str | None = None  # of a probe, among all processes
         self._breaker, self._clock, self._slow_s = breaker, clock, slow_s
         self._begun_at, self._waited_s = clock(), -1.0
+        self._moved_at = self._begun_at  # when it last told a place in its queue
         self._heard = False
 
     def heard(self, event: Event) -> None:
-        self._heard = self._heard or not isinstance(event, Waiting)  # a queue tells of no health
+        if isinstance(event, Waiting):
+            self._moved_at = self._clock()
+            return
+        self._heard = True
         if self._waited_s < 0 and isinstance(event, Delta):
             self._waited_s = self._clock() - self._begun_at
 
@@ -258,10 +262,11 @@ class Call:
         self.end("bad" if slow else "good")
 
     def left(self) -> None:
-        """Nobody wants the rest: says something only if there was enough time to say something."""
+        """Nobody wants the rest: says something only if there was enough time to say something,
+        since its queue moved last."""
         if self._waited_s >= 0:
             self.finished()
-        elif self._wait() >= self._slow_s:
+        elif self._clock() - self._moved_at >= self._slow_s:
             self.end("bad")
         else:
             self.end("good" if self._heard else "void")

@@ -63,26 +63,27 @@ async def test_a_line_is_no_first_word_to_the_time_limit(settings):
     assert of(events, Routed) == [Routed("rules", "timeout")]
 
 
-async def test_a_line_says_nothing_of_a_backends_health():
-    async def queued() -> AsyncIterator[Event]:
-        yield Waiting(1, 3.0)
-        await asyncio.Event().wait()
-
-    async def heard() -> AsyncIterator[Event]:
-        yield Started("model")
-        await asyncio.Event().wait()
-
-    outcomes: list[str] = []
-    call = breaker.Call.end
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            breaker.Call, "end", lambda self, how: outcomes.append(how) or call(self, how)
-        )
-        for stream in (queued, heard):
-            events: Any = breaker.guarded("echo", stream)
-            await anext(events)
-            await events.aclose()
-    assert outcomes == ["void", "good"]
+@pytest.mark.parametrize(
+    ("told", "outcome"),
+    [
+        ((), "bad"),
+        ((Waiting(9, 30.0),), "bad"),  # nothing moved since: it may well hang
+        ((Waiting(9, 30.0), Waiting(8, 26.0)), "void"),
+        ((Waiting(2, 6.0), Waiting(1, 3.0), Started("m")), "good"),
+    ],
+    ids=["silent", "stuck", "moving", "begun"],
+)
+def test_a_queue_that_moves_is_no_fault_of_its_backend(told, outcome, monkeypatch):
+    now = [0.0]
+    ended: list[str] = []
+    call = breaker.Call(breaker.of("echo"), None, lambda: now[0], slow_s=4.0)
+    monkeypatch.setattr(call, "end", ended.append)
+    for event in told:
+        call.heard(event)
+        now[0] += 2.5
+    now[0] = 5.0
+    call.left()
+    assert ended == [outcome]
 
 
 # -- enough of it --------------------------------------------------------------------------------
