@@ -27,7 +27,8 @@
  *   the person is whom this answer asked for
  * @property {{label: string, text: string}[]} [buttons] what may be asked next, ready to press
  * @property {string} created_at
- * @property {{position: number, seconds: number | null}} [waiting] its place in the queue, while it has one
+ * @property {{position: number, seconds: number | null, hurried?: boolean}} [waiting] its place in the
+ *   queue, while it has one, and whether its reader will not wait
  */
 /** @template T @typedef {{next: string | null, previous: string | null, results: T[]}} Page */
 
@@ -99,6 +100,11 @@ export async function cancelMessage(id) {
   await request("POST", `messages/${encodeURIComponent(id)}/cancel/`, {});
 }
 
+/** Have what is known answer instead of waiting on. @param {string} id */
+export async function hurryMessage(id) {
+  await request("POST", `messages/${encodeURIComponent(id)}/hurry/`, {});
+}
+
 /** What the reader thinks of an answer; null takes it back.
  * @param {string} id @param {"up" | "down" | null} value */
 export async function giveFeedback(id, value) {
@@ -108,23 +114,23 @@ export async function giveFeedback(id, value) {
 
 /**
  * The event stream of a new question.
- * @param {string} conversation @param {string} text @param {AbortSignal} signal
- * @returns {Promise<Response>}
+ * @param {string} conversation @param {string} text @param {string} key sent again, it is not asked twice
+ * @param {AbortSignal} signal @returns {Promise<Response>}
  */
-export function postQuestion(conversation, text, signal) {
+export function postQuestion(conversation, text, key, signal) {
   const path = `conversations/${encodeURIComponent(conversation)}/messages/`;
-  return request("POST", path, { text, stream: true }, { signal, accept: "text/event-stream" });
+  return request("POST", path, { text, stream: true }, { signal, key, accept: "text/event-stream" });
 }
 
 /**
  * The event stream of another answer, or of the question put differently.
  * @param {string} id of the answer, or of the question @param {string | null} text null: another answer
- * @param {AbortSignal} signal @returns {Promise<Response>}
+ * @param {string} key as of a question @param {AbortSignal} signal @returns {Promise<Response>}
  */
-export function postVersion(id, text, signal) {
+export function postVersion(id, text, key, signal) {
   const path = `messages/${encodeURIComponent(id)}/${text === null ? "regenerate" : "edit"}/`;
   const body = text === null ? { stream: true } : { text, stream: true };
-  return request("POST", path, body, { signal, accept: "text/event-stream" });
+  return request("POST", path, body, { signal, key, accept: "text/event-stream" });
 }
 
 /** One's own messages with these words, newest first.
@@ -155,7 +161,7 @@ async function json(method, path, body) {
 
 /**
  * @param {string} method @param {string} path @param {object} [body]
- * @param {{signal?: AbortSignal, accept?: string}} [how]
+ * @param {{signal?: AbortSignal, accept?: string, key?: string}} [how]
  * @returns {Promise<Response>}
  */
 async function request(method, path, body, how = {}) {
@@ -163,6 +169,7 @@ async function request(method, path, body, how = {}) {
   const headers = { Accept: how.accept ?? "application/json" };
   if (body) headers["Content-Type"] = "application/json";
   if (method !== "GET") headers["X-CSRFToken"] = csrfToken();
+  if (how.key) headers["Idempotency-Key"] = how.key;
   let response;
   try {
     response = await fetch(path.startsWith("/") ? path : ROOT + path, {

@@ -95,6 +95,13 @@ const view = {
     toldToWait = message.id; // once; a voice that counts down would be a nuisance
     announce(queueWords(message.waiting));
   },
+  told: (notice) => {
+    if ((document.body.dataset.maintenance ?? "") === notice) return;
+    if (notice) document.body.dataset.maintenance = notice;
+    else delete document.body.dataset.maintenance;
+    byId("maintenance").hidden = !notice;
+    byId("maintenance-text").textContent = notice;
+  },
   accepted: (one) => {
     keepDraft("new", "");
     if (one.id) keepDraft(one.id, "");
@@ -420,6 +427,7 @@ function onLogClick(event) {
   const target = /** @type {Element} */ (event.target).closest("button");
   const message = target && session.shown.find((one) => one.id === log.idOf(target));
   if (!target || !message) return;
+  if (target.matches(".hurry")) void hurry(message);
   if (target.matches(".copy")) void copy(target, message.text);
   if (target.matches(".thumb")) void judge(message, target.dataset.value === "up" ? "up" : "down");
   if (target.matches(".edit")) edit(message);
@@ -441,6 +449,16 @@ function replace(message, text) {
   clearNotice();
   follower.follow();
   session.replace(message, text);
+}
+
+/** @param {Message} message */
+async function hurry(message) {
+  focusField();
+  try {
+    await session.hurry(message);
+  } catch (error) {
+    notify(errorWords(asWire(error)));
+  }
 }
 
 /** @param {Message | undefined} question */

@@ -4,7 +4,7 @@
 
 import { markIn, unmark } from "./marks.js";
 import { versionBeside } from "./versions.js";
-import { dayOf, errorWords, fullTimeOf, origin, personWords, queueWords, timeOf } from "./words.js";
+import { dayOf, errorWords, fullTimeOf, isLong, origin, personWords, queueWords, timeOf } from "./words.js";
 
 /** @typedef {import("./api.js").Message} Message */
 
@@ -138,12 +138,21 @@ function fill(element, message) {
   element.dataset.status = message.status;
   element.classList.toggle("waiting", streaming && !message.text);
   element.setAttribute("aria-busy", String(streaming));
-  find(element, ".queue").textContent = message.waiting ? queueWords(message.waiting) : "";
+  fillQueue(element, message);
   fillText(find(element, ".text"), message);
   find(element, ".person").textContent = personWords(message);
   find(element, ".replies").replaceChildren(...(message.buttons ?? []).map(replyButton));
   fillCaption(element, message);
   fillTrouble(element, message);
+}
+
+/** @param {HTMLElement} element @param {Message} message */
+function fillQueue(element, { waiting }) {
+  find(element, ".queue-words").textContent = waiting ? queueWords(waiting) : "";
+  const button = /** @type {HTMLButtonElement} */ (find(element, ".hurry"));
+  // Once it is there it stays: what counts down must not take it from under a finger.
+  button.hidden = !waiting || (button.hidden && !isLong(waiting));
+  button.disabled = waiting?.hurried ?? false;
 }
 
 /** @param {HTMLElement} target @param {Message} message */

@@ -18,6 +18,7 @@ import { branchThrough } from "./versions.js";
  * @property {(session: Session, message: Message, text: string) => void} append
  * @property {(session: Session, message: Message) => void} finished
  * @property {(session: Session, message: Message) => void} waiting the answer has a place in the queue
+ * @property {(notice: string) => void} told what staff tells everybody now; empty: nothing
  * @property {(session: Session) => void} accepted the question is stored: forget the draft
  * @property {(session: Session, error: WireError, text: string) => void} refused nothing is stored
  * @property {(session: Session) => void} changed title, line or running state
@@ -49,6 +50,8 @@ export class Session {
   /** @type {string} where its draft is kept */ draftKey;
   stopping = false;
   /** Ends when what is stored has been fetched. */ ready = Promise.resolve();
+  /** @type {{ref: string, text: string} | null} a question whose line broke: asked again by the same
+   * name, it is not asked twice */ #unsent = null;
   #lastSeq = 0;
   #heardAt = 0;
   #lost = false;
@@ -125,7 +128,8 @@ export class Session {
   /** @param {string} text */
   async ask(text) {
     this.showNewest();
-    const ref = newRef();
+    const ref = this.#unsent?.text === text ? this.#unsent.ref : newRef();
+    this.#unsent = null;
     this.pending = { ref, text, sent: false };
     this.#showPending(ref, text);
     try {
@@ -153,6 +157,13 @@ export class Session {
     this.stopping = true;
     this.view.changed(this);
     await this.#cancel();
+  }
+
+  /** Wait no longer: have what is known answer. @param {Message} message */
+  async hurry(message) {
+    if (!message.waiting || message.text) return;
+    this.#put({ ...message, waiting: { ...message.waiting, hurried: true } });
+    await this.stream?.hurry(message.id);
   }
 
   /** Have the answer written again in its place. @param {Message} message */
@@ -232,6 +243,7 @@ export class Session {
 
   /** @param {Frame} frame */
   #onFrame(frame) {
+    if (frame.type === "pong") return this.view.told(frame.notice ?? "");
     this.#heardAt = Date.now();
     if (frame.type === "error") return this.#onError(frame);
     if (frame.type === "message.created") return this.#onCreated(frame);
@@ -271,10 +283,13 @@ export class Session {
   }
 
   /** @param {Frame} frame */
-  #onStatus({ position, eta_ms: eta = null }) {
+  #onStatus({ position, eta_ms: eta = null, seq = 0 }) {
     const message = this.running;
+    if (seq && seq <= this.#lastSeq) return;
+    this.#lastSeq = seq || this.#lastSeq;
     if (!message || message.text || !position) return;
-    const waiting = { position, seconds: eta === null ? null : Math.ceil(eta / 1000) };
+    const hurried = message.waiting?.hurried;
+    const waiting = { position, seconds: eta === null ? null : Math.ceil(eta / 1000), hurried };
     this.#put({ ...message, waiting });
     this.view.waiting(this, { ...message, waiting });
   }
@@ -429,7 +444,10 @@ export class Session {
       const isIt = (/** @type {Message} */ one) =>
         replaces ? one.siblings.includes(replaces) : one.role === "user" && one.text === text;
       if (stored.some((one) => !known.has(one.id) && isIt(one))) this.#accept();
-      else this.#refuse(replaces ? UNCHANGED : UNSENT);
+      else {
+        if (!replaces) this.#unsent = { ref: pending.ref, text };
+        this.#refuse(replaces ? UNCHANGED : UNSENT);
+      }
     }
     for (const one of stored) if (one.author && !known.has(one.id)) this.view.finished(this, one);
     const running = this.running;
@@ -442,6 +460,7 @@ export class Session {
   #rewind(running, ours) {
     if (ours?.id === running.id) {
       running.text = ours.text;
+      running.waiting = ours.waiting;
     } else {
       running.text = "";
       this.#lastSeq = 0;

@@ -3,7 +3,7 @@
    are blocked, server-sent events over fetch. Frames go out and come in the same way in both cases;
    what they mean is not known here. */
 
-import { ApiError, cancelMessage, postQuestion, postVersion } from "./api.js";
+import { ApiError, cancelMessage, hurryMessage, postQuestion, postVersion } from "./api.js";
 
 /** @typedef {import("./api.js").Message} Message */
 /** @typedef {import("./api.js").Conversation} Conversation */
@@ -21,6 +21,7 @@ import { ApiError, cancelMessage, postQuestion, postVersion } from "./api.js";
  * @property {WireError} [error]
  * @property {number} [position] in the queue, 1: next
  * @property {number | null} [eta_ms]
+ * @property {string} [notice] what staff tells everybody, in a pong
  */
 /** @typedef {"connecting" | "open" | "waiting" | "closed"} LineState */
 /**
@@ -90,10 +91,11 @@ export class ChatStream {
     this.#drop();
   }
 
-  /** @param {string} text @param {string} ref comes back with the answer's first event or refusal */
+  /** @param {string} text @param {string} ref comes back with the answer's first event or refusal; sent
+   * again, the question is not asked twice */
   ask(text, ref) {
     if (this.bySse) void this.#askBySse(text, ref);
-    else this.#send({ type: "message.create", text, ref });
+    else this.#send({ type: "message.create", text, ref, idempotency_key: ref });
   }
 
   /** Take back a question that has not left yet. @returns {boolean} whether there was one */
@@ -113,13 +115,19 @@ export class ChatStream {
   /** Another answer (`text` null) or a question put differently; only HTTP knows these, the socket
    * does not. @param {string} id @param {string | null} text @param {string} ref */
   replace(id, text, ref) {
-    void this.#read((signal) => postVersion(id, text, signal), ref);
+    void this.#read((signal) => postVersion(id, text, ref, signal), ref);
   }
 
   /** @param {string} id */
   async cancel(id) {
     if (this.#state === "open" && this.#socket) this.#transmit({ type: "message.cancel" });
     else await cancelMessage(id);
+  }
+
+  /** @param {string} id */
+  async hurry(id) {
+    if (this.#state === "open" && this.#socket) this.#transmit({ type: "message.hurry", id });
+    else await hurryMessage(id);
   }
 
   /** @param {number} afterSeq @returns {boolean} false: not possible on this line, look again later */
@@ -217,7 +225,7 @@ export class ChatStream {
     clearTimeout(this.#pongTimer);
     this.#pongTimer = undefined;
     const frame = parse(data);
-    if (frame && frame.type !== "pong") this.listener.onFrame(frame);
+    if (frame) this.listener.onFrame(frame);
   }
 
   /** @param {object} frame */
@@ -255,7 +263,7 @@ export class ChatStream {
 
   /** @param {string} text @param {string} ref */
   #askBySse(text, ref) {
-    return this.#read((signal) => postQuestion(this.conversation, text, signal), ref);
+    return this.#read((signal) => postQuestion(this.conversation, text, ref, signal), ref);
   }
 
   /** @param {(signal: AbortSignal) => Promise<Response>} post @param {string} ref */

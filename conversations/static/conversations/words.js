@@ -30,6 +30,7 @@ const REASONS = {
   out_of_scope: ["outside its topics", "The question seems to be about something this assistant was not made for."],
   overload: ["model busy", "Too many people were asking at once, so the model was not waited for."],
   timeout: ["model too slow", "The model took too long to begin."],
+  hurry: ["not waited for", "You chose an answer at once instead of waiting for the model."],
   breaker_open: ["model resting", "The model failed several times and is given a pause."],
   error: ["model had a problem", "The model could not answer because of a technical problem."],
   budget: ["budget used up", "The budget for the cloud model is used up for now."],
@@ -71,10 +72,16 @@ export function origin(message) {
   return { label: parts.filter(Boolean).join(" · "), tip: tips.filter(Boolean).join(" ") };
 }
 
-/** What to do while a question waits. @param {{position: number, seconds: number | null}} place */
+/** Where a question stands that waits. @param {{position: number, seconds: number | null}} place */
 export function queueWords({ position, seconds }) {
-  const where = position === 1 ? "Next in line" : `Place ${position} in line`;
+  const where = `You are number ${position}`;
   return seconds === null ? `${where}.` : `${where}, about ${Math.max(1, seconds)} s.`;
+}
+
+/** Whether the wait is long enough to be offered an answer at once.
+ * @param {{seconds: number | null}} place */
+export function isLong({ seconds }) {
+  return seconds !== null && seconds > 2;
 }
 
 /** How far the person is who was asked for; nothing once they answered. @param {Message} message */
