@@ -101,6 +101,7 @@ const view = {
     else delete document.body.dataset.maintenance;
     byId("maintenance").hidden = !notice;
     byId("maintenance-text").textContent = notice;
+    announce(notice);
   },
   accepted: (one) => {
     keepDraft("new", "");
