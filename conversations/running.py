@@ -128,19 +128,19 @@ def hurry(message: Message) -> bool:
     if message.status != Message.Status.STREAMING or message.text:
         return False
     with suppress(shared.Away):
-        shared.ask(lambda cache: cache.set(_hurry_key(message.pk), 1, HURRY_KEPT_S))
+        shared.ask(lambda cache: cache.set(_hurry_key(message), 1, HURRY_KEPT_S))
     return True
 
 
-def hurried(message_id: uuid.UUID) -> bool:
+def hurried(message: Message) -> bool:
     """Whether another process was told to hurry with that answer. Sync: one round trip."""
     with suppress(shared.Away):
-        return bool(shared.ask(lambda cache: cache.get(_hurry_key(message_id))))
+        return bool(shared.ask(lambda cache: cache.get(_hurry_key(message))))
     return False
 
 
-def _hurry_key(message_id: uuid.UUID) -> str:
-    return f"hurry:{message_id}"
+def _hurry_key(message: Message) -> str:
+    return f"hurry:{message.pk}:{message.attempt}"
 
 
 def stop(message: Message) -> bool:

@@ -367,7 +367,7 @@ class Turn:
         """Every 2 s, off the token loop: a sign of life and the text so far, for the worst case."""
         while self._stored:
             await asyncio.sleep(ALIVE_EVERY_S)
-            if not self._progress.parts and await in_thread(hurried, self.message.pk):
+            if not self._progress.parts and await in_thread(hurried, self.message):
                 self._ask.patience.end()  # said where another process listened
             try:
                 found = await in_thread(self._checkpoint)

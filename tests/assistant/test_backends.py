@@ -32,7 +32,7 @@ from assistant.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from assistant.types import Delta, Event, Finished, Message, Params, Started
+from assistant.types import Delta, Event, Finished, Message, Params, Started, Waiting
 from conversations.history import TOKENS_PER_MESSAGE
 
 PATIENCE_S = 20
@@ -388,6 +388,21 @@ async def test_no_typed_text_becomes_a_control_token(
     reserved = codec.control_ids | set(manifest.placeholders.values())
     assert len(prompts[0]) > 20
     assert not reserved & set(prompts[0][1:-1])
+
+
+async def test_a_question_in_line_is_told_its_place_before_its_answer(
+    make_onnx: MakeOnnx,
+) -> None:
+    backend = make_onnx(max_batch=1, reading_tokens_per_s=1.0)
+    first: Any = backend.stream(QUESTION, Params(max_new_tokens=200))
+    await anext(first)
+    second: Any = backend.stream(QUESTION, Params(max_new_tokens=2))
+    told = await anext(second)
+    assert isinstance(told, Waiting) and told.place == 1 and told.seconds > 5
+    assert backend.expected_wait_s() > told.seconds
+    await first.aclose()
+    begun, *_, finished = [event async for event in second if not isinstance(event, Waiting)]
+    assert isinstance(begun, Started) and isinstance(finished, Finished)
 
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_onnx: MakeOnnx) -> None:
