@@ -302,12 +302,17 @@ class ApiTokenManager(models.Manager["ApiToken"]):
 
         A token without a row here was made by other means, with all that its user may do.
         """
-        grant, _ = self.get_or_create(token=token)
-        now = timezone.now()
-        if grant.last_used_at is None or grant.last_used_at < now - NOTE_USE_EVERY:
-            self.filter(pk=grant.pk).update(last_used_at=now)
+        noted = self.to_be_noted(token)
+        grant = getattr(token, "grant", None) or self.get_or_create(token=token)[0]
+        if noted:
+            self.filter(pk=grant.pk).update(last_used_at=timezone.now())
         held = set(grant.scopes)
         return frozenset(held if token.user.is_staff else held - {ApiToken.Scope.ADMIN})
+
+    def to_be_noted(self, token: Any) -> bool:
+        """Whether the last use that was noted of it is a while ago, or there is none."""
+        used: datetime | None = getattr(getattr(token, "grant", None), "last_used_at", None)
+        return used is None or used < timezone.now() - NOTE_USE_EVERY
 
 
 def _usual_scopes() -> list[str]:

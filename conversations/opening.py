@@ -7,7 +7,7 @@ processes, or one of our errors is raised and nothing is. Knows no task, reader 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
+from django.db.models import Value
+from django.db.models.functions import Coalesce, NullIf
 from django.utils import timezone
 
 from assistant import backends, facts, types
@@ -75,8 +77,10 @@ def first_run(
     once: Once | None = None,
 ) -> Opened:
     """A new question. Raises: AssistantError."""
-    ask = _ask(caller, conversation, text, before=None, params=params)
-    opened = _store_question(caller, conversation, text, ask, once)
+    rows = _recent(conversation)
+    ask = _ask_of(caller, Said(text, tuple(_pairs(rows))), params or _params())
+    last = rows[0] if rows else None
+    opened = _store_question(caller, conversation, text, ask, once, last)
     return replace(opened, ask=_stuck(ask, opened.conversation))
 
 
@@ -85,7 +89,7 @@ def another_run(caller: Caller, message_id: uuid.UUID) -> Opened:
     message = _retryable(caller, message_id)
     limits.take(caller)
     asked = _question_of(message)
-    ask = _ask(caller, message.conversation, asked.text, before=asked.seq, params=None)
+    ask = _ask(caller, asked, asked.text, _params())
     return _store_retry(message, _stuck(ask, message.conversation))
 
 
@@ -108,9 +112,7 @@ def new_version(
     message = _replaceable(caller, message_id, "assistant" if text is None else "user")
     limits.take(caller)
     asked = _question_of(message) if text is None else message
-    ask = _ask(
-        caller, message.conversation, text or asked.text, before=asked.seq, params=_again(text)
-    )
+    ask = _ask(caller, asked, text or asked.text, _again(text))
     return _store_version(caller, message, text, _stuck(ask, message.conversation), once)
 
 
@@ -119,22 +121,18 @@ def _stuck(ask: Ask, conversation: Conversation) -> Ask:
     return replace(ask, params=replace(ask.params, sticky=str(conversation.pk)))
 
 
-def _again(text: str | None) -> types.Params | None:
+def _again(text: str | None) -> types.Params:
     """The same question once more is meant to be answered differently."""
-    return None if text else replace(_params(), temperature=AGAIN_TEMPERATURE, top_p=AGAIN_TOP_P)
+    params = _params()
+    return params if text else replace(params, temperature=AGAIN_TEMPERATURE, top_p=AGAIN_TOP_P)
 
 
-def _ask(
-    caller: Caller,
-    conversation: Conversation | None,
-    question: str,
-    *,
-    before: int | None,
-    params: types.Params | None,
-) -> Ask:
-    """Everything the router needs. Raises: ContextTooLong."""
-    params = params or _params()
-    earlier = _earlier(conversation, before) if conversation is not None else []
+def _ask(caller: Caller, asked: Message, question: str, params: types.Params) -> Ask:
+    """Everything the router needs for ``question`` in the place of that one.
+
+    Raises: ContextTooLong.
+    """
+    earlier = _pairs(_recent(asked.conversation, asked.seq))
     return _ask_of(caller, Said(question, tuple(earlier)), params)
 
 
@@ -194,18 +192,23 @@ def _measure(params: types.Params) -> tuple[Callable[[str], int], int]:
     return (lambda text: len(text) // 3 + 1), settings.ASSISTANT_MAX_TEXT_CHARS
 
 
-def _earlier(
-    conversation: Conversation, before: int | None
-) -> list[tuple[types.Message, types.Message]]:
-    """Questions with an answer that people saw, oldest first."""
+def _recent(conversation: Conversation | None, before: int | None = None) -> list[Message]:
+    """What is shown of it, newest first; all that could fit."""
+    if conversation is None:
+        return []
     rows = conversation.messages.on_the_page().order_by("-seq")
     if before is not None:
         rows = rows.filter(seq__lt=before)
+    columns = ("seq", "role", "text", "intent", "degraded_reason", "status", "author")
+    return list(rows.only(*columns, "conversation_id")[:MAX_EARLIER])
+
+
+def _pairs(rows: Sequence[Message]) -> list[tuple[types.Message, types.Message]]:
+    """Questions with an answer that people saw, oldest first, of rows that are newest first."""
     pairs: list[tuple[types.Message, types.Message]] = []
     answer: Message | None = None
     added: list[str] = []  # what a person of the staff wrote below the answer
-    columns = ("role", "text", "intent", "degraded_reason", "status", "author", "conversation_id")
-    for row in rows.only(*columns)[:MAX_EARLIER]:
+    for row in rows:
         if row.author:
             added.insert(0, row.text)
         elif row.role == Message.Role.ASSISTANT:
@@ -225,7 +228,7 @@ def said_before(answer: Message) -> Said:
     Raises: NotFound if the question is gone.
     """
     asked = _question_of(answer)
-    return Said(asked.text, tuple(_earlier(answer.conversation, asked.seq)))
+    return Said(asked.text, tuple(_pairs(_recent(answer.conversation, asked.seq))))
 
 
 def _answered_as(answer: Message) -> str | None:
@@ -234,40 +237,57 @@ def _answered_as(answer: Message) -> str | None:
 
 
 def _store_question(
-    caller: Caller, conversation: Conversation | None, question: str, ask: Ask, once: Once | None
+    caller: Caller,
+    conversation: Conversation | None,
+    question: str,
+    ask: Ask,
+    once: Once | None,
+    last: Message | None,
 ) -> Opened:
     """Question and empty answer, in order and together. Raises: Conflict, NotFound.
 
-    That no other answer is being written is a constraint, which costs no statement: only when it
-    is hurt is a writer looked for that died.
+    That ``last``, read with the history, is still the last row and that no other answer is being
+    written are constraints, which cost no statement: only when one is hurt is the last row looked
+    for again, and a writer that died.
     """
     try:
-        held, asked, answer = _stored_question(caller, conversation, question, once)
+        rows = _stored_question(caller, conversation, question, once, last)
     except IntegrityError:
-        if conversation is None or not conversation.messages.reap():
+        if conversation is None:
             raise _busy() from None
+        conversation.messages.reap()
         try:
-            held, asked, answer = _stored_question(caller, conversation, question, once)
+            rows = _stored_question(caller, conversation, question, once, None)
         except IntegrityError:
             raise _busy() from None
-    return Opened(held, asked, answer, ask)
+    return Opened(*rows, ask)
 
 
 def _stored_question(
-    caller: Caller, conversation: Conversation | None, question: str, once: Once | None
+    caller: Caller,
+    conversation: Conversation | None,
+    question: str,
+    once: Once | None,
+    last: Message | None,
 ) -> tuple[Conversation, Message, Message]:
     """Raises: IntegrityError, Conflict, NotFound; then nothing is stored."""
     with transaction.atomic():
         held = _held(caller, conversation, question)
-        last = held.messages.order_by("-seq").only("seq", "shown").first()
-        before = last
-        if last is not None and not last.shown:
-            before = held.messages.on_the_page().order_by("-seq").first()
-        asked = _question(held, before, question, last.seq if last else 0)
+        before, seq = (last, last.seq) if last is not None else _last(held)
+        asked = _question(held, before, question, seq)
         claim(asked, once)
         answer = _empty_answer(asked)
         Message.objects.bulk_create([asked, answer])
     return held, asked, answer
+
+
+def _last(held: Conversation) -> tuple[Message | None, int]:
+    """The last row that is shown, and the number of the last one."""
+    columns = ("seq", "shown", "conversation_id")
+    last = held.messages.order_by("-seq").only(*columns).first()
+    if last is None or last.shown:
+        return last, last.seq if last else 0
+    return held.messages.on_the_page().order_by("-seq").first(), last.seq
 
 
 def _question(held: Conversation, after: Message | None, text: str, last: int) -> Message:
@@ -286,19 +306,20 @@ def _empty_answer(asked: Message, seq: int | None = None) -> Message:
 
 
 def _held(caller: Caller, conversation: Conversation | None, question: str) -> Conversation:
-    """The conversation, locked; a new one if there was none."""
+    """The conversation, locked by writing it; a new one if there was none. Raises: NotFound."""
     title = " ".join(question.split())[:TITLE_CHARS]
     if conversation is None:
         return Conversation.objects.create(
             user_id=caller.user_id, session_key=caller.session_key, title=title
         )
-    held = Conversation.objects.select_for_update().filter(pk=conversation.pk).first()
-    if held is None:
+    changes: dict[str, Any] = {"updated_at": timezone.now()}
+    if not conversation.title:  # unless it was given one since it was read
+        changes["title"] = Coalesce(NullIf("title", Value("")), Value(title))
+    if not Conversation.objects.filter(pk=conversation.pk).update(**changes):
         raise NotFound("This conversation does not exist any more.")
-    held.title = held.title or title
-    held.updated_at = timezone.now()
-    held.save(update_fields=["title", "updated_at"])
-    return held
+    conversation.title = conversation.title or title
+    conversation.updated_at = changes["updated_at"]
+    return conversation
 
 
 def _busy() -> Conflict:

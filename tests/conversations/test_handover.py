@@ -258,7 +258,7 @@ async def test_an_answer_may_come_while_one_is_being_written(ana, conversation, 
 
 def test_the_model_reads_what_the_person_said(waiting, desk):
     handover.reply(waiting.pk, desk, "It comes on Monday.", seen=2)
-    ((question, answer),) = opening._earlier(waiting.conversation, None)
+    ((question, answer),) = opening._pairs(opening._recent(waiting.conversation))
     assert question.text == "help me"
     assert answer.text == "a person comes\n\nIt comes on Monday."
 

@@ -104,9 +104,9 @@ def test_the_number_of_statements_does_not_grow_with_the_history(
 
     ask()  # reads what staff wrote, and gives the token its name
     for _ in range(8):
-        # Of the turn's eight statements six here (two store its answer, in another thread), the
-        # token's four, and the marks of one transaction.
-        with django_assert_max_num_queries(12):
+        # Of the turn's six statements four here (two store its answer, in another thread), the
+        # token's one, and the marks of one transaction.
+        with django_assert_max_num_queries(7):
             ask()
 
 

@@ -143,6 +143,27 @@ def test_the_last_use_is_noted_at_most_once_a_minute(ana):
     assert ApiToken.objects.get().last_used_at > first - timedelta(minutes=1)
 
 
+def test_a_users_expired_tokens_are_cleared_away_when_a_use_is_noted(ana):
+    api, old = Api(issue(ana, "x", ["read"])), Api(issue(ana, "old", ["read"]))
+    api("GET", API)
+    past = timezone.now() - timedelta(seconds=1)
+    AuthToken.objects.filter(grant__name="old").update(expiry=past)
+    api("GET", API)
+    assert AuthToken.objects.count() == 2  # looked at once a minute
+    ApiToken.objects.filter(name="x").update(last_used_at=past - timedelta(minutes=1))
+    api("GET", API)
+    assert AuthToken.objects.get().grant.name == "x"
+    assert_problem(old("GET", API), 401, "unauthenticated")
+
+
+def test_a_token_that_expired_a_moment_ago_opens_nothing_and_is_gone(ana):
+    api = Api(issue(ana, "x", ["read"]))
+    assert api("GET", API).status_code == 200
+    AuthToken.objects.update(expiry=timezone.now() - timedelta(seconds=1))
+    assert_problem(api("GET", API), 401, "unauthenticated")
+    assert not AuthToken.objects.exists()
+
+
 @pytest.mark.parametrize("scopes", [["read"], ["chat"], []])
 def test_a_socket_opens_only_for_a_token_that_may_chat(scopes, ana):
     from conversations.access import caller_of_socket

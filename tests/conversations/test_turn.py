@@ -332,6 +332,34 @@ def test_parallel_sends_into_one_conversation_give_one_order_and_one_answer(call
     running.get(conversation.pk).close()
 
 
+@pytest.mark.parametrize("newest_shown", [True, False])
+def test_what_was_added_since_the_history_was_read_comes_before_the_question(
+    caller, conversation, monkeypatch, newest_shown
+):
+    conversation.messages.create(seq=1, role="user", text="one")
+    read = opening._recent
+
+    def and_then_another_tab(*given: Any) -> list[Message]:
+        rows = read(*given)
+        conversation.messages.create(seq=2, role="assistant", text="two", shown=newest_shown)
+        return rows
+
+    monkeypatch.setattr(opening, "_recent", and_then_another_tab)
+    turn = Turn.open(caller, conversation, "three")
+    turn.close()
+    seqs = list(conversation.messages.values_list("seq", "text"))
+    assert seqs == [(1, "one"), (2, "two"), (3, "three"), (4, "")]
+    asked = conversation.messages.get(seq=3)
+    assert asked.parent.seq == (2 if newest_shown else 1)
+
+
+def test_a_title_that_was_given_meanwhile_stays(caller, conversation):
+    Conversation.objects.filter(pk=conversation.pk).update(title="mine")
+    Turn.open(caller, conversation, "hello").close()
+    conversation.refresh_from_db()
+    assert conversation.title == "mine"
+
+
 def test_a_caller_has_at_most_four_answers_written_at_once(caller, ana, ben):
     opened = [Turn.open(caller, None, f"question {n}") for n in range(4)]
     with pytest.raises(RateLimited) as refused:
