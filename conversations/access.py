@@ -38,6 +38,7 @@ from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
 from assistant.errors import RateLimited
+from conversations.compiled import Compiled
 from conversations.limits import Caller, client_address, take_login, traceparent
 from conversations.models import ApiToken
 
@@ -48,6 +49,12 @@ MAX_BODY_BYTES = 65_536
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+_tokens_named = Compiled(
+    lambda name: AuthToken.objects.filter(token_key=name).select_related("user", "grant"),
+    AuthToken._meta.get_field("token_key"),
+)
+
+
 class TokenAuthentication(KnoxAuthentication):  # type: ignore[misc]
     """Knox's, in one statement, and for keys that are not even text (its own answer to those is a
     500). Knox looks through the user's other tokens at every request; here once a minute."""
@@ -56,8 +63,7 @@ class TokenAuthentication(KnoxAuthentication):  # type: ignore[misc]
         if not re.fullmatch(rb"[0-9A-Za-z_-]{16,200}", token):
             raise exceptions.AuthenticationFailed("Invalid token.")
         digest = hash_token(token.decode("ascii"))
-        named = AuthToken.objects.filter(token_key=token[: CONSTANTS.TOKEN_KEY_LENGTH].decode())
-        for found in named.select_related("user", "grant"):
+        for found in _tokens_named(token[: CONSTANTS.TOKEN_KEY_LENGTH].decode("ascii")):
             if compare_digest(digest, found.digest) and not self._cleanup_token(found):
                 user, _ = self.validate_user(found)
                 found.scopes = ApiToken.objects.use(found)

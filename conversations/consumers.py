@@ -200,8 +200,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._ending = asyncio.create_task(self._end(wire.CLOSE_UNAUTHENTICATED))
 
     def _visible(self, caller: Caller) -> Conversation | None:
-        mine = Conversation.objects.visible_to(caller)
-        return mine.filter(pk=self._conversation_id).first()
+        return Conversation.objects.own(caller, self._conversation_id)
 
     async def _handle(self, frame: Frame) -> None:
         match frame.type:

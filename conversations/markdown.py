@@ -18,6 +18,13 @@ _TAGS = {
     *("a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr"),
     *("li", "ol", "p", "pre", "s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"),
 }
+_cleaner = nh3.Cleaner(
+    tags=_TAGS,
+    attributes={"a": {"href", "title"}, "ol": {"start"}},
+    url_schemes={"http", "https", "mailto", "tel"},
+    link_rel="noopener noreferrer nofollow",
+    set_tag_attribute_values={"a": {"target": "_blank"}},
+)
 #: A plain line right after a numbered step. Models leave no blank line there, and Markdown would
 #: take the closing sentence for a part of the last step.
 _AFTER_STEPS = re.compile(r"^(\d{1,2}[.)] [^\n]*)\n(?=[^\s\d])", re.MULTILINE)
@@ -29,11 +36,4 @@ def render(text: str) -> str:
     """Safe HTML; links open outside with no way back to this page."""
     if len(text) > _MAX_CHARS:
         return f"<pre>{nh3.clean_text(text)}</pre>"
-    return nh3.clean(
-        _parser.render(_AFTER_STEPS.sub(r"\1\n\n", text)),
-        tags=_TAGS,
-        attributes={"a": {"href", "title"}, "ol": {"start"}},
-        url_schemes={"http", "https", "mailto", "tel"},
-        link_rel="noopener noreferrer nofollow",
-        set_tag_attribute_values={"a": {"target": "_blank"}},
-    )
+    return _cleaner.clean(_parser.render(_AFTER_STEPS.sub(r"\1\n\n", text)))

@@ -17,6 +17,7 @@ from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from conversations.compiled import Compiled
 from conversations.limits import Caller
 
 #: A running answer writes a sign of life every 2 s; after four missed ones its process is gone.
@@ -34,6 +35,12 @@ class ConversationQuerySet(models.QuerySet["Conversation"]):
         if caller.session_key:
             return self.filter(user=None, session_key=caller.session_key)
         return self.none()
+
+    def own(self, caller: Caller, pk: uuid.UUID) -> Conversation | None:
+        """The caller's conversation of that id."""
+        if caller.user_id is None:
+            return self.visible_to(caller).filter(pk=pk).first()
+        return next(iter(_own(caller.user_id, pk)), None)
 
 
 class Conversation(models.Model):
@@ -68,6 +75,13 @@ class Conversation(models.Model):
 
     def __str__(self) -> str:
         return self.title or str(self.pk)
+
+
+_own = Compiled(
+    lambda user_id, pk: Conversation.objects.visible_to(Caller(user_id)).filter(pk=pk),
+    Conversation._meta.get_field("user"),
+    Conversation._meta.get_field("id"),
+)
 
 
 class MessageQuerySet(models.QuerySet["Message"]):

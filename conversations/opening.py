@@ -22,6 +22,7 @@ from django.utils import timezone
 from assistant import backends, facts, types
 from assistant.errors import AssistantError, Conflict, ContextTooLong, InvalidRequest, NotFound
 from conversations import history, limits
+from conversations.compiled import Compiled
 from conversations.idempotency import Once, claim
 from conversations.limits import Caller
 from conversations.models import Conversation, Feedback, Message, note_siblings
@@ -33,6 +34,8 @@ OUT_OF_SCOPE = "out_of_scope"
 #: Earlier messages looked at; more never fit a context of 1,024 tokens.
 MAX_EARLIER = 60
 TITLE_CHARS = 80
+#: What no conversation has; the column's own bound.
+MOST_MESSAGES = 2**31 - 1
 #: Another answer to the same question: varied, and still from the words the model is sure of.
 AGAIN_TEMPERATURE, AGAIN_TOP_P = 0.7, 0.9
 #: The columns that say how an answer ended.
@@ -192,15 +195,24 @@ def _measure(params: types.Params) -> tuple[Callable[[str], int], int]:
     return (lambda text: len(text) // 3 + 1), settings.ASSISTANT_MAX_TEXT_CHARS
 
 
-def _recent(conversation: Conversation | None, before: int | None = None) -> list[Message]:
+def _recent(conversation: Conversation | None, before: int = MOST_MESSAGES) -> list[Message]:
     """What is shown of it, newest first; all that could fit."""
-    if conversation is None:
-        return []
-    rows = conversation.messages.on_the_page().order_by("-seq")
-    if before is not None:
-        rows = rows.filter(seq__lt=before)
-    columns = ("seq", "role", "text", "intent", "degraded_reason", "status", "author")
-    return list(rows.only(*columns, "conversation_id")[:MAX_EARLIER])
+    return [] if conversation is None else _shown_before(conversation.pk, before)
+
+
+_shown_before = Compiled(
+    lambda pk, before: (
+        Message.objects.on_the_page()
+        .filter(conversation=pk)
+        .filter(seq__lt=before)
+        .order_by("-seq")
+        .only(*("seq", "role", "text", "intent", "degraded_reason", "status", "author"))[
+            :MAX_EARLIER
+        ]
+    ),
+    Conversation._meta.get_field("id"),
+    Message._meta.get_field("seq"),
+)
 
 
 def _pairs(rows: Sequence[Message]) -> list[tuple[types.Message, types.Message]]:

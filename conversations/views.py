@@ -342,7 +342,7 @@ def _message(request: Request, pk: uuid.UUID) -> Message:
 
 
 def own_conversation(request: Request, pk: uuid.UUID) -> Conversation:
-    found = Conversation.objects.visible_to(caller_of(request)).filter(pk=pk).first()
+    found = Conversation.objects.own(caller_of(request), pk)
     if found is None:
         raise NotFound("There is no such conversation.")
     return found
