@@ -2,21 +2,27 @@
 
 Django changes threads twice for each middleware that is not a coroutine, which all of ours are but
 one: 14 changes a request, three of its six milliseconds. Here the middleware and the view, which
-are all synchronous, run behind one change. Static files need no thread and come before it.
+are all synchronous, run behind one change, and so does what Django does around a request: its
+signals and the closing of a reply. Static files need no thread and come before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.core.handlers.asgi import ASGIHandler
+from django.core.exceptions import RequestAborted
+from django.core.handlers.asgi import ASGIHandler, get_script_prefix
 from django.core.handlers.exception import convert_exception_to_response
+from django.core.signals import request_started
 from django.db import close_old_connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.urls import set_script_prefix
 from servestatic.middleware import ServeStaticMiddleware
 
 #: Requests at a time; more wait. One that waits for its whole answer holds a thread meanwhile, so
@@ -29,11 +35,41 @@ _threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix="request")
 
 class OneThreadHandler(ASGIHandler):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Without Django's thread of its own for each request: what is left for one (signals, and
-        closing a response) takes microseconds, starting a thread a third of a millisecond."""
+        """Without Django's thread of its own for each request, which takes a third of a millisecond
+        to start."""
         if scope["type"] != "http":
             raise ValueError(f"This handles HTTP only, not {scope['type']}.")
-        await self.handle(scope, receive, send)
+        try:
+            body = await self.read_body(receive)
+        except RequestAborted:
+            return
+        with closing(body):
+            set_script_prefix(get_script_prefix(scope))
+            request, refusal = self.create_request(scope, body)
+            if refusal is not None:
+                await self.send_response(refusal, send)
+            else:
+                await self._while_listening(self._answer(request, send), receive)
+
+    async def _answer(self, request: Any, send: Any) -> None:
+        """Cancelled when the client is gone; what a reply holds is closed all the same."""
+        response = await self.run_get_response(request)
+        try:
+            with suppress(asyncio.CancelledError):
+                await self.send_response(response, send)
+        finally:
+            if not response.closed:  # a stream, or from before the thread
+                await sync_to_async(response.close, thread_sensitive=False)()
+
+    async def _while_listening(self, answer: Coroutine[Any, Any, None], receive: Any) -> None:
+        """Raises: whatever ``answer`` raises, but not that it was cancelled."""
+        gone = asyncio.create_task(self.listen_for_disconnect(receive))
+        answering = asyncio.create_task(answer)
+        await asyncio.wait({gone, answering}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (gone, answering):
+            task.cancel()
+            with suppress(asyncio.CancelledError, RequestAborted):
+                await task
 
     def load_middleware(self, is_async: bool = False) -> None:
         """``settings.MIDDLEWARE`` as one synchronous chain, behind the static files."""
@@ -41,9 +77,12 @@ class OneThreadHandler(ASGIHandler):
         chain: Callable[[HttpRequest], HttpResponseBase] = self._middleware_chain  # type: ignore[has-type]
 
         def respond(request: HttpRequest) -> HttpResponseBase:
-            close_old_connections()  # Django's signals do this, in a thread of their own
+            request_started.send(sender=type(self), scope=request.scope)  # type: ignore[attr-defined]
             try:
-                return chain(request)
+                response = chain(request)
+                if not response.streaming:
+                    response.close()  # nothing of it is still to be made; sends the other signal
+                return response
             finally:
                 close_old_connections()
 

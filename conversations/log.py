@@ -238,6 +238,13 @@ class Reader:
             self._log.abandon()  # opened, never read
             return
         with suppress(RuntimeError):  # a loop that has closed has no readers
-            loop.call_soon_threadsafe(self._log.detach, self)
+            _soon(loop, self._log.detach, self)
             if self._loop is not None and self._news is not None:
-                self._loop.call_soon_threadsafe(self._news.set)
+                _soon(self._loop, self._news.set)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> None:
+    """Call it on that loop, from any thread; the loop's own need not wake it. Raises: RuntimeError
+    if it has closed."""
+    own = asyncio._get_running_loop() is loop
+    (loop.call_soon if own else loop.call_soon_threadsafe)(call, *args)

@@ -1,0 +1,114 @@
+"""One request in one thread: its signals, and what a reply holds, whenever its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from asgiref.testing import ApplicationCommunicator
+from django.core.signals import request_finished, request_started
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.urls import path
+
+from config.handler import OneThreadHandler
+
+seen: list[tuple[str, str]] = []
+
+
+def note(what: str) -> None:
+    seen.append((what, threading.current_thread().name.partition("_")[0]))
+
+
+class Pieces:
+    """A body of so many pieces that knows whether it was closed."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for _ in range(self._count):
+            yield b"x"
+        if self._count > 1:
+            await asyncio.Event().wait()
+
+    def close(self) -> None:
+        note("closed")
+
+
+def plain(request: HttpRequest) -> HttpResponse:
+    note("view")
+    reply = HttpResponse("plain")
+    reply._resource_closers.append(lambda: note("closed"))  # type: ignore[attr-defined]
+    return reply
+
+
+urlpatterns = [
+    path("plain", plain),
+    path("stream", lambda request: StreamingHttpResponse(Pieces(1))),
+    path("endless", lambda request: StreamingHttpResponse(Pieces(2))),
+    path("broken", lambda request: 1 / 0),
+]
+
+
+@pytest.fixture(autouse=True)
+def signals(settings: Any) -> Iterator[None]:
+    settings.ROOT_URLCONF, settings.MIDDLEWARE = __name__, []
+    receivers = {
+        request_started: lambda **_: note("started"),
+        request_finished: lambda **_: note("finished"),
+    }
+    seen.clear()
+    for signal, receiver in receivers.items():
+        signal.connect(receiver)
+    yield
+    for signal, receiver in receivers.items():
+        signal.disconnect(receiver)
+
+
+async def asked(where: str, client: Any = None) -> list[dict[str, Any]]:
+    scope = {"type": "http", "method": "GET", "path": f"/{where}", "headers": []}
+    with_server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+    await with_server.send_input({"type": "http.request", "body": b""})
+    told = [await with_server.receive_output(5)]
+    while len(told) == 1 or told[-1].get("more_body"):
+        if client and len(told) > 2:
+            await with_server.send_input({"type": client})
+            break
+        told.append(await with_server.receive_output(5))
+    await with_server.wait(5)
+    return told
+
+
+async def test_a_plain_request_has_all_in_its_thread_and_each_once() -> None:
+    head, *body = await asked("plain")
+    assert head["status"] == 200 and b"".join(part["body"] for part in body) == b"plain"
+    assert [what for what, _ in seen] == ["started", "view", "closed", "finished"]
+    assert {thread for _, thread in seen} == {"request"}
+
+
+async def test_an_error_is_a_reply_and_ends_like_one(caplog: Any) -> None:
+    head, *_ = await asked("broken")
+    assert head["status"] == 500
+    assert [what for what, _ in seen] == ["started", "finished"]
+
+
+LEAVING = [("stream", None), ("endless", "http.disconnect")]
+
+
+@pytest.mark.parametrize(("where", "client"), LEAVING)
+async def test_a_stream_is_closed_at_its_end_or_if_its_client_left(where: str, client: Any) -> None:
+    head, *_ = await asked(where, client)
+    assert head["status"] == 200
+    assert [what for what, _ in seen] == ["started", "closed", "finished"]
+    assert {thread for what, thread in seen if what != "started"}.isdisjoint({"MainThread"})
+
+
+async def test_a_client_that_left_before_its_answer_gets_none_and_breaks_nothing() -> None:
+    scope = {"type": "http", "method": "GET", "path": "/plain", "headers": []}
+    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+    await server.send_input({"type": "http.disconnect"})
+    await server.wait(5)
+    assert await server.receive_nothing() and seen == []
