@@ -6,7 +6,11 @@ it from the very turn that is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
@@ -24,4 +28,84 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 def waited(work: Callable[..., Awaitable[T]], *args: Any) -> T:
     """What ``work`` comes to, for a view in a thread. Raises: whatever it raises."""
     close_old_connections()
-    return async_to_sync(work)(*args)
+    with room.lent():
+        return async_to_sync(work)(*args)
+
+
+class Room:
+    """Bounds how many requests are worked on at once; who only waits for an answer is not.
+
+    Places are taken and given back on a loop; a thread may lend its own out meanwhile. Whoever
+    finds none waits a moment and is then refused, which costs no thread.
+    """
+
+    def __init__(self, places: int, patience_s: float) -> None:
+        self._free, self._patience_s = places, patience_s
+        self._lock = threading.Lock()
+        self._crowd: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+        self._mine = threading.local()
+
+    async def take(self) -> bool:
+        """Whether there is a place, now or in a moment."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._patience_s
+        while not self._took():
+            if loop.time() >= until:
+                return False
+            waiter = loop.create_future()
+            self._crowd.append((loop, waiter))
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await waiter
+        return True
+
+    def _took(self) -> bool:
+        with self._lock:
+            if self._free <= 0:
+                return False
+            self._free -= 1
+            return True
+
+    def leave(self) -> None:
+        """Give the place back and wake who waits longest. From any thread."""
+        with self._lock:
+            self._free += 1
+        while self._crowd:
+            loop, waiter = self._crowd.popleft()
+            if not waiter.done():
+                with suppress(RuntimeError):  # its loop has closed
+                    loop.call_soon_threadsafe(_wake, waiter)
+                return
+
+    @contextmanager
+    def worked_in(self) -> Iterator[None]:
+        """In this thread work is done in a place that was taken."""
+        self._mine.taken = True
+        try:
+            yield
+        finally:
+            self._mine.taken = False
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While this thread waits, its place is somebody else's; back it is taken at once."""
+        if not getattr(self._mine, "taken", False):
+            yield
+            return
+        self.leave()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._free -= 1
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+#: An interpreter works on one request at a time; more of them only keep the loop, and with it the
+#: answers being written, from its turn: with 8 places a model wrote 59 % of its usual at five times
+#: its capacity, with 3 of them 92 %. A crowd's patience is a third of the 0.3 s in which to say no.
+room = Room(places=3, patience_s=0.1)

@@ -3,7 +3,9 @@
 Django changes threads twice for each middleware that is not a coroutine, which all of ours are but
 one: 14 changes a request, three of its six milliseconds. Here the middleware and the view, which
 are all synchronous, run behind one change, and so does what Django does around a request: its
-signals and the closing of a reply. Static files need no thread and come before it.
+signals and the closing of a reply. Static files need no thread and come before it. More questions
+than can be worked on are refused before they cost a thread, so that those that were let in are
+answered at the usual pace.
 """
 
 from __future__ import annotations
@@ -20,14 +22,20 @@ from django.core.handlers.asgi import ASGIHandler, get_script_prefix
 from django.core.handlers.exception import convert_exception_to_response
 from django.core.signals import request_started
 from django.db import close_old_connections
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 from servestatic.middleware import ServeStaticMiddleware
 
+from assistant.threads import room
+
 #: Requests at a time; more wait. One that waits for its whole answer holds a thread meanwhile, so
 #: this is well above what the engine's queue lets in.
 MOST_REQUESTS = 256
+
+#: Paths whose requests are refused in a crowd, and when they may come back.
+_SHED = ("/api/", "/v1/")
+RETRY_AFTER_S = 2
 
 #: Threads are kept, and with them SQLite's connections.
 _threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix="request")
@@ -86,5 +94,40 @@ class OneThreadHandler(ASGIHandler):
             finally:
                 close_old_connections()
 
-        threaded = sync_to_async(respond, thread_sensitive=False, executor=_threads)
-        self._middleware_chain = convert_exception_to_response(ServeStaticMiddleware(threaded))
+        self._middleware_chain = convert_exception_to_response(
+            ServeStaticMiddleware(_shedding(respond))
+        )
+
+
+def _shedding(respond: Callable[[HttpRequest], HttpResponseBase]) -> Any:
+    """That in a thread: at once for pages and probes, for the API while there is room."""
+
+    def placed(request: HttpRequest) -> HttpResponseBase:
+        with room.worked_in():
+            return respond(request)
+
+    at_once = sync_to_async(respond, thread_sensitive=False, executor=_threads)
+    in_place = sync_to_async(placed, thread_sensitive=False, executor=_threads)
+
+    async def admitted(request: HttpRequest) -> HttpResponseBase:
+        if not request.path.startswith(_SHED):
+            return await at_once(request)
+        if not await room.take():
+            return _refused(request)
+        try:
+            return await in_place(request)
+        finally:
+            room.leave()
+
+    return admitted
+
+
+def _refused(request: HttpRequest) -> HttpResponse:
+    from conversations import wire
+    from conversations.turn import Turn, turn_refused
+
+    turn_refused.send_robust(sender=Turn, transport="rest", code="overloaded")
+    told = "More is asked here than can be answered. Try again in a moment."
+    body = wire.encode(wire.problem("overloaded", 503, told, request))
+    kind = "application/problem+json"
+    return HttpResponse(body, kind, 503, headers={"Retry-After": str(RETRY_AFTER_S)})

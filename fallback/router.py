@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 #: Between what a model wrote until it broke and what is told instead.
 INTERRUPTED = "\n\n*The answer was interrupted; here is what I can say for sure:*\n\n"
 
+#: A queue is joined if its wait is promised to be over in this part of the time for a first word. A
+#: promise that is missed is the worst of both: the wait, and then a rule's answer.
+WORTH_WAITING = 0.6
 
 #: Sent when a kept answer was looked for, with ``kind`` (exact: to the same question; semantic: to
 #: one that means the same) and ``hit``.
@@ -290,7 +293,7 @@ def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
     Raises: BreakerOpen, Overloaded; later whatever the stream raises.
     """
     wait_s = backend.expected_wait_s()
-    if wait_s > settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]:
+    if wait_s > settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"] * WORTH_WAITING:
         raise Overloaded("The queue is too long to wait for.", retry_after_s=wait_s)
     return breaker.guarded(backend.alias, lambda: backend.stream(ask.messages, ask.params))
 

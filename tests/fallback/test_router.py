@@ -249,6 +249,14 @@ async def test_a_queue_longer_than_anybody_waits_is_not_joined(writing: Writing)
     assert told.value.retry_after_s == 60.0
 
 
+@pytest.mark.parametrize(("share", "route"), [(0.5, "model"), (0.7, "rules")])
+async def test_a_queue_is_joined_only_if_its_promise_has_time_to_spare(
+    writing: Writing, settings: Any, share: float, route: str
+) -> None:
+    writing.wait_s = share * settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
+    assert (await events_of(ask("cancel my order")))[0].route == route
+
+
 async def test_a_backend_that_keeps_failing_is_left_alone():
     for _ in range(5):
         *_, last = routes_of(await events_of(ask("/echo error=0 cancel my order")))

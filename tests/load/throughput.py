@@ -109,7 +109,7 @@ def _cpu_s(pid: int) -> float:
 # -- one client -----------------------------------------------------------------------------------
 
 
-def _request(path: str, token: str, body: dict[str, Any]) -> bytes:
+def request(path: str, token: str, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n"
@@ -120,28 +120,28 @@ def _request(path: str, token: str, body: dict[str, Any]) -> bytes:
 
 def _rest(user: User, at: int) -> bytes:
     conversation = user.conversations[(at // TURNS) % len(user.conversations)]
-    return _request(
+    return request(
         f"/api/v1/conversations/{conversation}/messages/", user.token, {"text": QUESTION}
     )
 
 
 def _openai(user: User, at: int) -> bytes:
     body = {"model": "local", "messages": [{"role": "user", "content": QUESTION}]}
-    return _request("/v1/chat/completions", user.token, body)
+    return request("/v1/chat/completions", user.token, body)
 
 
-async def _reply(reader: asyncio.StreamReader) -> bool:
-    """Whether it was a good one, read to its end."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    lowered = head.lower()
-    if b"transfer-encoding: chunked" in lowered:
+async def reply(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
+    """Status, head in small letters and body of one, read to its end."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    body = b""
+    if b"transfer-encoding: chunked" in head:
         while size := int(await reader.readline(), 16):
-            await reader.readexactly(size + 2)
+            body += (await reader.readexactly(size + 2))[:-2]
         await reader.readline()
     else:
-        length = int(lowered.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-        await reader.readexactly(length)
-    return head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201"))
+        length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+        body = await reader.readexactly(length)
+    return int(head[9:12]), head, body
 
 
 async def _http(
@@ -151,8 +151,8 @@ async def _http(
     found = []
     while (began := time.perf_counter()) < until:
         writer.write(asked(user, len(found)))
-        good = await _reply(reader)
-        found.append((time.perf_counter() - began, good))
+        status, _, _ = await reply(reader)
+        found.append((time.perf_counter() - began, status in (200, 201)))
     writer.close()
     return found
 
