@@ -22,7 +22,7 @@ from assistant import backends, facts
 from assistant.backends.base import Backend
 from assistant.errors import AssistantError, GenerationFailed, InvalidRequest, Overloaded
 from assistant.types import Delta, Event, Finished, Message, Params, Started, Usage
-from fallback import breaker, cache
+from fallback import breaker, cache, quarantine
 from fallback.answers import Known
 from fallback.budget import BudgetSpent
 from fallback.matching import match
@@ -290,12 +290,13 @@ def _as_expected(called: str, way: _Way, begun: Started) -> bool:
 def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
     """The backend's stream, if it is well and its queue short enough.
 
-    Raises: BreakerOpen, Overloaded; later whatever the stream raises.
+    Raises: Overloaded; later Quarantined, BreakerOpen, and whatever the stream raises.
     """
     wait_s = backend.expected_wait_s()
     if wait_s > settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"] * WORTH_WAITING:
         raise Overloaded("The queue is too long to wait for.", retry_after_s=wait_s)
-    return breaker.guarded(backend.alias, lambda: backend.stream(ask.messages, ask.params))
+    events = breaker.guarded(backend.alias, lambda: backend.stream(ask.messages, ask.params))
+    return quarantine.watched(backend, ask.messages, events) if backend.in_process else events
 
 
 def _judge(started: Started, least: float, *, alone: bool) -> str:

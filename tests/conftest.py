@@ -45,7 +45,7 @@ def stage(settings: Any) -> Iterator[None]:
     """Echo answers, nobody is limited, nothing is left over from the test before."""
     from assistant import backends
     from conversations.running import running
-    from fallback import answers, shared
+    from fallback import answers, quarantine, shared
 
     running._turns.clear()  # one that was opened and never read holds its place for seconds
     settings.ASSISTANT = {
@@ -62,6 +62,7 @@ def stage(settings: Any) -> Iterator[None]:
     answers.forget()
     yield
     backends.reset()
+    quarantine.forget()
 
 
 def _person(name: str, **kwargs: Any) -> User:

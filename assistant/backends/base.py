@@ -34,6 +34,8 @@ class Backend(ABC):
     options_class: ClassVar[type[Any]] = Options
     #: What its answers are called: of the model here, or of a larger one elsewhere.
     route: ClassVar[str] = "model"
+    #: Whether a question could take this process with it: native code works on it here.
+    in_process: ClassVar[bool] = False
 
     def __init__(self, alias: str, options: Any) -> None:
         self.alias = alias

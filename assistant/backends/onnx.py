@@ -81,6 +81,7 @@ class _Ready:
 
 class OnnxBackend(Backend):
     options_class: ClassVar[type[Any]] = Options
+    in_process = True
 
     def __init__(self, alias: str, options: Options) -> None:
         super().__init__(alias, options)

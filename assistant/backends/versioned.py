@@ -94,6 +94,7 @@ class VersionedBackend(Backend):
     """As ``OnnxBackend``, of whichever version the registry names; ``model_dir`` without one."""
 
     options_class: ClassVar[type[Any]] = Options
+    in_process = True
 
     def __init__(self, alias: str, options: Options) -> None:
         super().__init__(alias, options)
