@@ -429,6 +429,18 @@ async def test_redis_keeps_answers_and_purges_without_looking_for_keys(on_redis)
     assert not {"cmdstat_keys", "cmdstat_scan"} & set(commands)
 
 
+async def test_a_redis_that_is_emptied_meanwhile_makes_nobody_ask_twice(on_redis):
+    """A hundred equal questions, and FLUSHALL while their answer is being made."""
+    make = Maker()
+    asked = [asyncio.create_task(get_or_make(key(), make)) for _ in range(50)]
+    await asyncio.sleep(0.03)
+    with on_redis.client() as client:
+        client.flushall()
+    asked += [asyncio.create_task(get_or_make(key(), make)) for _ in range(50)]
+    assert await asyncio.gather(*asked) == [SO] * 100
+    assert make.made == 1
+
+
 async def test_a_pickle_in_redis_is_not_run_and_counts_as_missing(on_redis, tmp_path):
     touched = tmp_path / "touched"
     bomb = f"cposix\nsystem\n(S'touch {touched}'\ntR.".encode()
