@@ -26,7 +26,7 @@ from django.utils.crypto import salted_hmac
 from assistant.backends.base import Backend
 from assistant.engine import EngineCrashed
 from assistant.errors import GenerationFailed
-from assistant.types import Delta, Event, Message
+from assistant.types import Delta, Event, Message, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +234,7 @@ async def watched(
             async with aclosing(cast(Any, events)) as stream:
                 async for event in stream:
                     heard = heard or isinstance(event, Delta)
+                    queued = queued or isinstance(event, Waiting)
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
             if not (heard or queued) and time.monotonic() - began > _patience_s():
