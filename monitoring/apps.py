@@ -17,6 +17,7 @@ class MonitoringConfig(AppConfig):
             loop,
             metrics,
             reading,
+            rollups,
             shadow,
             shadowing,
             tracing,
@@ -24,6 +25,7 @@ class MonitoringConfig(AppConfig):
 
         metrics.connect()
         logs.connect()
+        rollups.connect()
         tracing.connect()
         draining.obey()
         shadowing.connect()

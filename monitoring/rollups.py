@@ -19,6 +19,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from conversations.models import Feedback, HandOver, Message
+from conversations.turn import TurnRecord, turn_finished
 from monitoring.models import Rollup
 
 PERIOD_S, HOUR_S, DAY_S = 300, 3_600, 86_400
@@ -135,6 +136,35 @@ def _count(begin: datetime, end: datetime) -> int:
     ]
     Rollup.objects.bulk_create(rows, ignore_conflicts=True)  # somebody counted the same meanwhile
     return counted
+
+
+def count_retry(*, record: TurnRecord, **_: Any) -> None:
+    """A receiver of ``turn_finished``: an answer that was written once more in its row is an answer
+    more of the period in which it was asked.
+
+    Whoever counted that period has the one that broke off, which its reader saw. A period that is
+    open will have the answer as it ended.
+    """
+    if record.attempt > 1 and record.stored:
+        message = Message.objects.filter(pk=record.message_id).first()
+        if message is not None and message.created_at < _counted_until(timezone.now()):
+            _add_to_counted(message)
+
+
+def _add_to_counted(message: Message) -> None:
+    with transaction.atomic():
+        rows = Rollup.objects.select_for_update().filter(start__lte=message.created_at)
+        row = rows.order_by("-start").first()
+        if row is None or message.created_at >= row.start + timedelta(seconds=row.seconds):
+            row = Rollup(start=floor(message.created_at, PERIOD_S), seconds=PERIOD_S, data={})
+        data: Figures = Counter(row.data)
+        _add_answer(data, *(getattr(message, name) for name in _MESSAGE[1:]))
+        row.data = _bounded(data)
+        row.save()
+
+
+def connect() -> None:
+    turn_finished.connect(count_retry, dispatch_uid="rollups-count_retry")
 
 
 def _add_answer(

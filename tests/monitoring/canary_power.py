@@ -81,12 +81,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2_000)
     parser.add_argument("--turns", type=int, default=5_000, help="of canaries that are no worse")
     parser.add_argument("--worse", type=int, default=3_000, help="turns of those that are")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--false", type=float, default=betting.FALSE, help="another chance")
     options = parser.parse_args()
     betting.FALSE = options.false  # the processes of the pool are made after this
     with ProcessPoolExecutor() as pool:
         for cases, turns in ((EQUAL, options.turns), (WORSE, options.worse)):
-            for name, case in cases.items():
+            for name, case in ((n, c) for n, c in cases.items() if options.only in n):
                 one = partial(found_after, turns=turns, case=case)
                 found = list(pool.map(one, range(options.runs), chunksize=10))
                 _tell(name, found)

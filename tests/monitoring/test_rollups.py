@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,57 @@ def test_percentiles_of_merged_buckets_are_near_those_of_the_values() -> None:
         exact = values[int(share * 1_000) - 1]
         assert rollups.percentile(buckets, share) == pytest.approx(exact, rel=0.1)
     assert rollups.percentile({}, 0.5) is None
+
+
+# --- Answers written once more -------------------------------------------------------------------
+
+
+def again(message: Message, attempt: int = 2, **values: Any) -> None:
+    """Its row, as a retry leaves it, and what observers are told."""
+    Message.objects.filter(pk=message.pk).update(attempt=attempt, **values)
+    told: Any = SimpleNamespace(message_id=message.pk, attempt=attempt, stored=True)
+    rollups.count_retry(record=told)
+
+
+def test_a_retry_after_its_period_was_counted_is_one_more_answer_of_it(answer: Answer) -> None:
+    broken = answer(minutes(9), status="failed", error_code="internal", route="", model="")
+    rollups.roll_up(NOW)
+    again(broken, status="complete", route="model", model="m@1", error_code="", ttft_ms=40.0)
+    (row,) = Rollup.objects.all()
+    assert row.data["answers"] == 2 and row.data["status/failed"] == 1
+    assert row.data["status/complete"] == 1 and row.data["model/m@1"] == 1
+    rollups.roll_up(NOW + minutes(30))
+    assert counted()["answers"] == 2, "counting once more changes nothing"
+
+
+def test_a_retry_of_an_hour_that_was_added_up_is_added_to_it(answer: Answer) -> None:
+    broken = answer(timedelta(days=5), status="failed", route="", model="")
+    rollups.roll_up(NOW)
+    again(broken, status="complete", route="model")
+    assert counted()["answers"] == 2 and Rollup.objects.get().seconds == rollups.HOUR_S
+
+
+def test_a_retry_that_ran_while_its_period_was_counted_is_not_lost(answer: Answer) -> None:
+    running = answer(minutes(20), status="streaming")
+    answer(minutes(9))
+    rollups.roll_up(NOW)
+    assert counted()["answers"] == 1
+    again(running, status="complete")
+    assert counted()["answers"] == 2 and Rollup.objects.count() == 2
+
+
+def test_a_retry_in_a_period_that_is_open_is_counted_once_as_it_ended(answer: Answer) -> None:
+    answer(minutes(20))
+    broken = answer(minutes(1), status="failed", route="", model="")
+    rollups.roll_up(NOW)
+    again(broken, status="complete", route="model")
+    assert counted()["answers"] == 1
+    rollups.roll_up(NOW + minutes(10))
+    assert counted()["answers"] == 2 and "status/failed" not in counted()
+
+
+def test_a_first_try_is_left_to_the_count(answer: Answer) -> None:
+    given = answer(minutes(9))
+    rollups.roll_up(NOW)
+    again(given, attempt=1)
+    assert counted()["answers"] == 1
