@@ -89,6 +89,8 @@ class Recent:
         self._limit, self._clock = limit, clock
         self._slice_s = limit.window_s / SLICES
         self._prefix = f"recent:{limit.name}:{limit.quota}:{limit.window_s}:"
+        #: One for all threads, which ``caches`` would look for at every call.
+        self._memory = caches.create_connection("local")
 
     def take(self, key: str) -> Standing:
         """Count one, unless the limit is reached; all in one step."""
@@ -113,7 +115,7 @@ class Recent:
     def _read(self, key: str) -> tuple[dict[int, int], float]:
         """The slices of which a part is younger than a window; and now."""
         now = self._clock()
-        slices: dict[int, int] = caches["local"].get(self._prefix + key) or {}
+        slices: dict[int, int] = self._memory.get(self._prefix + key) or {}
         oldest = int(now / self._slice_s) - SLICES
         if slices and next(iter(slices)) < oldest:
             slices = {at: amount for at, amount in slices.items() if at >= oldest}
@@ -123,7 +125,7 @@ class Recent:
         at = int(now / self._slice_s)
         slices[at] = slices.get(at, 0) + amount
         kept_s = self._limit.window_s + self._slice_s
-        caches["local"].set(self._prefix + key, slices, math.ceil(kept_s) + _KEPT_S)
+        self._memory.set(self._prefix + key, slices, math.ceil(kept_s) + _KEPT_S)
 
     def _standing(
         self, slices: dict[int, int], now: float, quota: int, *, taken: bool = False

@@ -133,8 +133,13 @@ def take(caller: Caller) -> None:
 
 def spend(caller: Caller, tokens: int) -> None:
     """Count what an answer took, once it has ended; the next ``take`` looks at it. Sync."""
-    if tokens > 0:
+    if tokens > 0 and counts_tokens():
         counting.spend(_token_limits(), caller.rate_key, tokens)
+
+
+def counts_tokens() -> bool:
+    """Whether there is a limit that ``spend`` would count for, which asks the cache."""
+    return bool(_token_limits())
 
 
 def take_login(address: str) -> None:

@@ -402,6 +402,8 @@ class Turn:
         await in_thread(self._tell, message, ending)
 
     async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
+        if not self._stored and not limits.counts_tokens():
+            return self._filled(ending, error)  # nothing to wait for, so no thread
         for pause in (*SAVE_PAUSES_S, None):
             begun = time.monotonic()
             try:
