@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
 from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
+from django.conf import settings
 from django.db import close_old_connections
 
 T = TypeVar("T")
@@ -107,5 +108,5 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 #: An interpreter works on one request at a time; more of them only keep the loop, and with it the
 #: answers being written, from its turn: with 8 places a model wrote 59 % of its usual at five times
-#: its capacity, with 3 of them 92 %. A crowd's patience is a third of the 0.3 s in which to say no.
-room = Room(places=3, patience_s=0.1)
+#: its capacity, with 3 of them 92 %. A crowd's patience is two thirds of the 0.3 s to say no in.
+room = Room(settings.ASSISTANT_REQUESTS_AT_ONCE, patience_s=0.2)

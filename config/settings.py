@@ -450,6 +450,13 @@ ASSISTANT_MAX_TEXT_CHARS = env_whole(
 ASSISTANT_MAX_TURNS_PER_CALLER = env_whole(
     "ASSISTANT_MAX_TURNS_PER_CALLER", 4, "Answers one caller may have written at once.", least=1
 )
+# An interpreter works on one request at a time; a database far away leaves it idle meanwhile.
+ASSISTANT_REQUESTS_AT_ONCE = env_whole(
+    "ASSISTANT_REQUESTS_AT_ONCE",
+    3,
+    "API requests a process works on at once; more with a distant database.",
+    least=1,
+)
 # Many tabs are fine, a flood is not: an idle socket takes about 64 KiB.
 ASSISTANT_MAX_SOCKETS_PER_CALLER = env_whole(
     "ASSISTANT_MAX_SOCKETS_PER_CALLER", 20, "Sockets one caller may keep open.", least=1
