@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,10 @@ FILE = "wide.npz"
 #: Larger tables are none of ours.
 _MOST_ROWS, _MOST_TEXT = 1 << 18, 4000
 _PIECE, _STEM, _MOST_COUNTED = 4, 4, 12
+#: How many of a conversation's last questions count.
+_QUESTIONS = 3
+#: How much it counts, in scores, what a question was taken for when its topic is looked back at.
+_TAKEN = 1.0
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|<\w+>|[^\w\s]")
 _NUMBER = re.compile(r"\d+")
 _ARRAYS = {"table": np.int8, "scale": np.float32, "bias": np.float32, "rarity": np.float16}
@@ -82,20 +86,25 @@ class Wide:
         return self._of(rows_of(features(self.exchanges(turns, names)), len(self.table)))
 
     def exchanges(self, turns: Sequence[ChatTurn], names: Sequence[str]) -> list[Exchange]:
-        """The last question and the one before it, which is taken for what it was answered as."""
-        asked = [at for at, turn in enumerate(turns) if turn.role == "user"][-2:]
+        """The last question and those before it, each taken for what it was answered as."""
+        asked = [at for at, turn in enumerate(turns) if turn.role == "user"][-_QUESTIONS:]
         if not asked:
             return []
-        found = [Exchange(plain(turns[asked[-1]]))]
-        if len(asked) > 1:
-            before = plain(turns[asked[0]])
-            intent = turns[asked[0] + 1].intent or names[self._best(before)]
-            found.insert(0, Exchange(before, intent))
-        return found
+        before = [self._answered(turns, at, names) for at in asked[:-1]]
+        return [*before, Exchange(plain(turns[asked[-1]]))]
 
-    def _best(self, text: str) -> int:
-        alone = self._of(rows_of(features([Exchange(text)]), len(self.table)))
-        return int(alone.intents.argmax())
+    def _answered(self, turns: Sequence[ChatTurn], at: int, names: Sequence[str]) -> Exchange:
+        text, reply = plain(turns[at]), turns[at + 1]
+        said = "" if reply.role == "user" else plain(reply)
+        return Exchange(text, self._topic(Exchange(text, "", said), reply.intent, names), said)
+
+    def _topic(self, ended: Exchange, taken: str | None, names: Sequence[str]) -> str:
+        """What an exchange was about. Its answer's words say so better than what its question was
+        ``taken`` for, which may have been a mistake."""
+        scores = self._of(rows_of(features([ended]), len(self.table))).intents
+        if taken in names:
+            scores[names.index(taken)] += _TAKEN
+        return names[int(scores.argmax())]
 
     def _of(self, rows: NDArray[np.intp]) -> Opinion:
         scores = self.bias.astype(np.float64)
@@ -123,10 +132,11 @@ def _arrays(path: Path) -> list[NDArray[Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question as ``plain`` gives it, and what it was answered as; empty for the last."""
+    """A question as ``plain`` gives it, what it was about and its answer; the last has neither."""
 
     text: str
     intent: str = ""
+    answer: str = ""
 
 
 def plain(turn: ChatTurn) -> str:
@@ -137,22 +147,41 @@ def plain(turn: ChatTurn) -> str:
 
 def features(exchanges: Sequence[Exchange]) -> set[str]:
     """What counts of the last question: its words, their beginnings, neighbours and pieces, how it
-    opens; and with a question before it, all that once more beside what that was about."""
+    opens, its answer's words if it has one; and with questions before it, its words once more
+    beside what those were about."""
     if not exchanges:
         return set()
     *before, last = exchanges
-    words = _WORD.findall(_NUMBER.sub("0", last.text))
+    words = _words(last.text)
     line = f" {' '.join(words)} "
     found = {*words, *(f"{one} {other}" for one, other in pairwise(words))}
     found |= {f"^{word[:_STEM]}" for word in words if len(word) > _STEM}
     found |= {line[at : at + _PIECE] for at in range(len(line) - _PIECE + 1)}
     found.add(f"<{' '.join(words[:2])}")
+    said = _words(last.answer)
+    found |= {
+        *(f"!{word}" for word in said),
+        *(f"!!{one} {other}" for one, other in pairwise(said)),
+    }
     if before:
-        about, count = f"@{before[-1].intent}", min(len(words), _MOST_COUNTED)
-        found |= {about, f"{about}@{min(count, 6)}", f"@{count}"}
-        found |= {f"{about}|{word}" for word in words} | {f"@{word}" for word in words}
-        found |= {f"@@{one} {other}" for one, other in pairwise(words)}
+        found.update(_behind(words, before))
     return found
+
+
+def _behind(words: Sequence[str], before: Sequence[Exchange]) -> Iterator[str]:
+    """The last question's words once more, beside what was asked before them."""
+    about, count = f"@{before[-1].intent}", min(len(words), _MOST_COUNTED)
+    yield from (about, f"{about}@{min(count, 6)}", f"@{count}")
+    for word in words:
+        yield from (f"{about}|{word}", f"@{word}")
+    for one, other in pairwise(words):
+        yield f"@@{one} {other}"
+    for back, exchange in enumerate(reversed(before)):
+        yield from (f"~{back}{exchange.intent}", f"~{back}{exchange.intent}@{min(count, 6)}")
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_NUMBER.sub("0", text))
 
 
 def rows_of(found: set[str], rows: int) -> NDArray[np.intp]:

@@ -75,6 +75,11 @@ class Answers:
         using = [text for need, text in fitting if need] or [text for _, text in fitting]
         return using[0] if rng.random() < _FAVOURITE else rng.choice(using)
 
+    def by_intent(self, intents: Sequence[str]) -> dict[str, list[str]]:
+        """All of them, of those of these intents that have one."""
+        found = {one: [text for _, text in self._by_intent.get(one, ())] for one in intents}
+        return {intent: texts for intent, texts in found.items() if texts}
+
     def texts(self) -> list[str]:
         return [text for rows in self._by_intent.values() for _, text in rows]
 

@@ -36,7 +36,7 @@ _EMAILS = ("{}.{}@mail.example", "{}{}@post.example", "{}@{}.example")
 _NAMES = ("anna", "tom", "office", "j.berg", "lee", "info", "maria", "pat", "shop", "kim")
 #: How often each kind of second turn is made.
 _SHARES = {
-    "next": 0.28, "number": 0.17, "email": 0.07, "second": 0.12, "same": 0.1, "person": 0.06,
+    "next": 0.34, "number": 0.17, "email": 0.07, "second": 0.12, "same": 0.12, "aside": 0.08,
     "correction": 0.1, "change": 0.1,
 }  # fmt: skip
 #: How often something else was asked before, how often a topic change says so, and how often a few
@@ -90,7 +90,7 @@ class FollowUps:
         intent = rng.choice(SUPPORT)
         return [self._question(intent), (row["text"], intent, None)]
 
-    def _person(self, rng: random.Random, row: Mapping[str, Any]) -> list[Exchange]:
+    def _aside(self, rng: random.Random, row: Mapping[str, Any]) -> list[Exchange]:
         return [self._question(rng.choice(SUPPORT)), (row["text"], row["intent"], None)]
 
     def _correction(self, rng: random.Random, row: Mapping[str, Any]) -> list[Exchange]:

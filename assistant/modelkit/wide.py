@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 TOPICS = labels.INTENTS[:-1]
 #: Rows of the table: with half as many, hashes that share a row cost one question in a hundred.
 ROWS = 1 << 16
-#: Made conversations, how often each written dialogue is read, and questions put behind another's.
-_MADE, _DIALOGUES, _BEHIND = 30_000, 6, 8_000
+#: Made conversations, how often each written dialogue is read, questions put behind another's, and
+#: answers read with theirs.
+_MADE, _DIALOGUES, _BEHIND, _ENDED = 60_000, 6, 8_000, 10_000
+#: How many of a conversation's last questions are read, how often one before the last is taken for
+#: another, and how often the question of an answer is left out, or another's.
+_QUESTIONS, _MISTAKEN, _UNASKED = 3, 0.25, 0.25
 #: How often a written wording is read, changed as fingers and habits change it.
 _VARIANTS = 2
 #: How much each kind of rows counts, within one intent: Bitext's closed style must not outvote the
 #: wordings of people, and there are few of those.
-_MASS = {"bitext": 1.0, "alone": 1.0, "dialogue": 0.5, "made": 1.0, "behind": 0.5}
+_MASS = {"bitext": 1.0, "alone": 1.0, "dialogue": 0.5, "made": 1.0, "behind": 0.5, "ended": 1.0}
 _VARIED = frozenset({"written", "natural", "plain", "rude"})
 #: A kind's share of an intent grows with its rows, but slower.
 _CROWDING = 0.7
@@ -65,12 +69,14 @@ def examples(corpus: Corpus, mask: Mask, seed: int = 0) -> list[Labelled]:
     """Every question alone, and those with a history: written, made, or with another's before."""
     rng = random.Random(seed)  # noqa: S311
     source = _Source(corpus, mask, rng)
-    return [*source.alone(), *source.written(), *source.made(), *source.behind()]
+    kinds = (source.alone, source.written, source.made, source.behind, source.ended)
+    return [example for kind in kinds for example in kind()]
 
 
 class _Source:
     def __init__(self, corpus: Corpus, mask: Mask, rng: random.Random) -> None:
         self._corpus, self._mask, self._rng = corpus, mask, rng
+        self._answers = corpus.answers.by_intent(TOPICS) if corpus.answers else {}
         self._said: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for sample in corpus.labelled:
             last = sample.turns[-1]
@@ -98,6 +104,28 @@ class _Source:
             turns = [(question, intent) for question, intent, _ in talks.draw(self._rng)]
             yield self._conversation(turns, "made")
 
+    def ended(self) -> Iterator[Labelled]:
+        """A question with its answer, which alone has to tell the topic now and then."""
+        turns = [sample.turns[-1] for sample in self._corpus.dialogues * _DIALOGUES]
+        rows = [(turn.question, turn.intent, turn.answer or "") for turn in turns]
+        for _ in range(_ENDED if self._answers else 0):
+            intent = self._rng.choice(sorted(self._answers))
+            rows.append((self._ask(intent), intent, self._answer(intent)))
+        for question, intent, answer in rows:
+            if answer:
+                asked = self._vague(question)
+                said = plain(chat([("assistant", answer)], self._mask)[0])
+                yield Labelled((Exchange(asked, "", said),), intent, "ended")
+
+    def _vague(self, question: str) -> str:
+        """The question, nothing, or another: questions are misread, and answers tell."""
+        draw = self._rng.random()
+        if draw < _UNASKED:
+            return ""
+        other = draw < 2 * _UNASKED
+        text = self._ask(self._rng.choice(labels.SUPPORT)) if other else question
+        return self._asked(augment(text, self._rng)).text
+
     def behind(self) -> Iterator[Labelled]:
         """A question that stands alone, after one about something else."""
         before = [intent for intent in labels.SUPPORT if intent in self._said]
@@ -108,10 +136,17 @@ class _Source:
             yield self._conversation(turns, "behind")
 
     def _conversation(self, turns: Sequence[tuple[str, str]], kind: str) -> Labelled:
-        varied = [(augment(question, self._rng), intent) for question, intent in turns[-2:]]
-        *before, (question, intent) = varied
-        earlier = [Exchange(self._asked(said).text, about) for said, about in before]
-        return Labelled((*earlier, self._asked(question)), intent, kind)
+        *before, (question, intent) = turns[-_QUESTIONS:]
+        earlier = [self._earlier(*one) for one in before]
+        return Labelled((*earlier, self._asked(augment(question, self._rng))), intent, kind)
+
+    def _earlier(self, question: str, intent: str) -> Exchange:
+        """Now and then taken for something else, as happens."""
+        taken = self._rng.choice(TOPICS) if self._rng.random() < _MISTAKEN else intent
+        return Exchange(self._asked(augment(question, self._rng)).text, taken)
+
+    def _answer(self, intent: str) -> str:
+        return self._rng.choice(self._answers[intent])
 
     def _ask(self, intent: str) -> str:
         groups = list(self._said[intent].values())

@@ -103,6 +103,7 @@ def test_the_share_is_what_makes_the_right_answers_likeliest() -> None:
 
 def test_the_projects_own_rows_give_examples_of_every_kind() -> None:
     found = wide.examples(corpus.own(), mask)
-    assert {one.kind for one in found} == {"alone", "dialogue", "made", "behind"}
-    assert all(1 <= len(one.exchanges) <= 2 for one in found)
+    assert {one.kind for one in found} == {"alone", "dialogue", "made", "behind", "ended"}
+    assert all(1 <= len(one.exchanges) <= 3 for one in found)
+    assert all(bool(one.exchanges[-1].answer) == (one.kind == "ended") for one in found)
     assert all(one.exchanges[-1].intent == "" for one in found)

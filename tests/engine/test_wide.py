@@ -66,6 +66,20 @@ def test_an_answer_of_no_known_intent_is_taken_for_what_its_question_says() -> N
     assert best(wide, user("stop"), told, user("money")) == "refund"
 
 
+def test_what_an_answer_says_tells_the_topic_better_than_what_its_question_was_taken_for() -> None:
+    wide = table(cancel={"!cancelled": 9}, refund={"@cancel": 9})
+    told = ChatTurn("assistant", ("It can be cancelled.",), "track")
+    assert best(wide, user("pull the plug"), told, user("12345")) == "refund"
+    assert best(wide, user("pull the plug"), replace(told, parts=("So.",)), user("1")) != "refund"
+
+
+def test_a_number_goes_on_with_what_was_asked_two_questions_ago() -> None:
+    wide = table(cancel={"stop": 9}, refund={"~1cancel@2": 9})
+    said = [ChatTurn("assistant", ("Which one?",)), ChatTurn("assistant", ("Under My Orders.",))]
+    turns = user("stop"), said[0], user("where is that"), said[1], user("it's 5512")
+    assert best(wide, *turns) == "refund"
+
+
 @pytest.mark.parametrize("turns", [[], [user("")], [user("   ")], [user("😀" * 5000)]])
 def test_nothing_to_read_is_no_opinion_and_no_error(turns: list[ChatTurn]) -> None:
     found = table(cancel={"stop": 9}).opinion(turns, TOPICS)
