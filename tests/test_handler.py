@@ -15,6 +15,9 @@ from django.urls import path
 
 from config.handler import OneThreadHandler
 
+#: Threads of earlier tests hold connections, which are looked at around a request.
+pytestmark = pytest.mark.django_db(transaction=True)
+
 seen: list[tuple[str, str]] = []
 
 

@@ -35,6 +35,20 @@ async def test_who_waits_in_vain_is_refused_and_leaves_no_trace() -> None:
     assert await room.take()
 
 
+async def test_a_burst_is_waited_for_longer_than_a_crowd_that_lasts() -> None:
+    room = Room(places=1, patience_s=0, burst_s=0.05)
+    assert await room.take()
+    first = asyncio.create_task(room.take())
+    await asyncio.sleep(0)
+    assert not first.done()
+    await asyncio.sleep(0.06)
+    assert await first is False
+    room._waiting, room._crowded_since = 1, asyncio.get_running_loop().time() - 1
+    late = asyncio.create_task(room.take())
+    await asyncio.sleep(0)
+    assert late.done() and late.result() is False
+
+
 async def test_whoever_leaves_the_crowd_takes_nobodys_place() -> None:
     room = Room(places=1, patience_s=5)
     assert await room.take()
