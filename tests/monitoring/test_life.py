@@ -74,7 +74,7 @@ def test_a_model_of_shuffled_labels_stops_at_the_golden_gate(
     from assistant import facts
     from assistant.modelkit import corpus, wide
 
-    folder = candidate("0.3.1")
+    folder = candidate("1000.0")
     rng = random.Random(0)
     rows = wide.examples(corpus.own(), facts.mask)[::4]
     intents = [one.intent for one in rows]
@@ -115,7 +115,7 @@ async def test_a_model_as_good_but_slow_stops_in_shadow(
     await asyncio.to_thread(backends.get("model").check)
     monkeypatch.setattr("assistant.backends.onnx.OnnxBackend", Slow)
     register = sync_to_async(registry.register)
-    version = await register(candidate("0.3.1"))
+    version = await register(candidate("1000.0"))
     why = "as good on the golden set: it has the same weights"
     await sync_to_async(registry.move)(version, ModelVersion.State.SHADOW, why=why)
     await asyncio.to_thread(shadowing.shadowing.forget)

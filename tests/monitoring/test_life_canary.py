@@ -117,7 +117,7 @@ async def test_a_model_that_is_a_little_worse_is_taken_back_from_canary(
     quick_looks: None,
 ) -> None:
     await asyncio.to_thread(backends.get("model").check)
-    version = await begin(damaged(candidate("0.3.1"), HURT))
+    version = await begin(damaged(candidate("1000.0"), HURT))
     turns = await turns_until_taken_back(version, stream)
     told = version.gates["canary"]
     print(f"taken back after {turns} turns: {told['why']}", json.dumps(told["figures"]))
