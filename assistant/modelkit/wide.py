@@ -46,7 +46,7 @@ _CROWDING = 0.7
 _EPOCHS, _BATCH, _RATE, _DECAY = 8, 512, 0.03, 2e-6
 #: For a revision: passes, rate, how often each correction is read anew, and how much all of them
 #: weigh beside what is replayed.
-_REVISED_EPOCHS, _REVISED_RATE, _READ, _CORRECTED = 3, 0.01, 24, 0.15
+_REVISED_EPOCHS, _REVISED_RATE, _READ, _CORRECTED = 3, 0.005, 24, 0.15
 #: How much the table says beside the network: chosen among these on development rows.
 SHARES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 

@@ -141,12 +141,12 @@ def test_a_drifted_stream_ends_in_a_candidate_that_knows_it(
 ) -> None:
     """New words for known things: wrong before, right in the candidate, and nothing is lost."""
     new = {
-        "my zorbo pass has not turned up": "track_order",
+        "no more zorbo pass for me, undo it": "cancel_order",
         "the zorbo pass, where is it now": "track_order",
         "bin the zorbo pass i booked": "cancel_order",
-        "no more zorbo pass for me, undo it": "cancel_order",
         "zorbo pass charged me double": "payment_issue",
         "my zorbo pass money, when is it back": "track_refund",
+        "my zorbo pass has not turned up": "track_order",
     }
     for at, (text, intent) in enumerate(new.items()):
         correction((ana, ben, sam)[at % 3], text, intent=intent)
