@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assistant.benchmark.workloads import Load
+from assistant.engine.machine import exact_products
 
 _SIDE = 1024
 _PATIENCE_S = 0.4
@@ -123,6 +124,7 @@ def _product(threads: int) -> Any:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    exact_products(options)
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from assistant.engine.machine import processor_flags
+
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("onnxruntime", "numpy", "llama-cpp-python", "onnxruntime-genai", "optimum-onnx",
              "transformers", "torch")  # fmt: skip
@@ -24,7 +26,7 @@ def describe() -> str:
     lines = _cpu_info()
     name = next((line for line in lines if line.startswith("model name")), "")
     name = name.partition(":")[2].strip() or platform.processor() or platform.machine()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    flags = processor_flags()
     useful = [flag for flag in _FLAGS if flag in flags]
     return f"{name}, {cores()} cores, {' '.join(useful) or 'no vector flags seen'}"
 

@@ -12,13 +12,13 @@ the buffers of the past.
 Measured on onnxruntime 1.32's CPU GroupQueryAttention, and binding for a runner:
 
 * A row with one new token has other last bits at S = 1 than at S >= 2, where all S agree: decode
-  rows run by themselves, at S = 1.
+  rows run by themselves, at S = 1, or at S >= 2 all of them where some run with guesses behind.
 * Rows with two or more new tokens agree bit for bit however a prompt is cut, but a chunk of one
   token does not: never cut a prompt so that one token is left over.
 * ``seqlens_k`` is never negative: an idle row with an empty cache says 0.
 * Cached tokens plus the padded S fit the capacity, for every row.
 * x86 without VNNI saturates in the u8 x s8 products. ``session.x64quantprecision=1`` avoids it but
-  takes twice the time where VNNI exists (9 M, 64 tokens: 4.5 to 8.5 ms): set it only without.
+  takes twice the time where VNNI exists (9 M, 64 tokens: 4.5 to 8.5 ms): it is set only without.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from assistant.engine.machine import exact_products
 from assistant.engine.sampling import FirstTokenRule, judge
 from assistant.modelkit.checkpoint import Array, ModelShape
 from assistant.modelkit.graph import TAP
@@ -151,7 +152,9 @@ def open_session(model: bytes | str) -> Any:
     """An onnxruntime session of a serialised model or of its path."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    exact_products(options)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def compare(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from assistant.engine import machine
-from assistant.engine.machine import cores, memory_bytes
+from assistant.engine.machine import cores, memory_bytes, processor_flags, saturates
 
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -95,3 +95,48 @@ def test_memory_is_the_machine_s_or_less_where_the_group_says_so(
 def test_the_machine_at_hand_has_cores_and_memory() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
     assert 0 < memory_bytes() <= PHYSICAL
+
+
+@pytest.mark.parametrize(
+    ("processor", "info", "expected"),
+    [
+        ("x86_64", "flags\t\t: fpu sse2 avx2\n", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512bw\n", True),
+        ("x86_64", "model name\t: a Xeon avx512_vnni\nflags\t\t: avx2\n", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni\n", False),
+        ("x86_64", "flags\t\t: fpu avx2 avx_vnni\n\nflags\t\t: fpu\n", False),
+        ("AMD64", "", True),
+        ("aarch64", "Features\t: fp asimd asimddp i8mm\n", False),
+        ("arm64", None, False),
+        ("x86_64", None, True),
+    ],
+)
+def test_fast_products_saturate_on_x86_unless_it_says_that_it_has_vnni(
+    processor: str,
+    info: str | None,
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: processor)
+    path = tmp_path / "cpuinfo"
+    if info is not None:
+        path.write_text(info)
+    assert saturates(path) == expected
+    assert ("avx2" in processor_flags(path)) == ("avx2" in (info or ""))
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_session_is_told_only_where_it_matters(
+    needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(machine, "saturates", lambda: needed)
+    options = onnxruntime.SessionOptions()
+    machine.exact_products(options)
+    if needed:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.x64quantprecision")
