@@ -212,7 +212,8 @@ STEPS = Counter("assistant_engine_steps", "Steps of the engine.", ["model"])
 BUSY = Counter("assistant_engine_busy_seconds", "Time the engine spent in its steps.", ["model"])
 ENGINE_TOKENS = Counter(
     "assistant_engine_tokens",
-    "Tokens in the engine: read, reused from an earlier turn, written, read for embeddings.",
+    "Tokens in the engine: read, reused from an earlier turn, written, read for embeddings, and "
+    "guesses of the next ones, all and those that were right.",
     ["model", "kind"],
 )
 STEP_TIME = Gauge(

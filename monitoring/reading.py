@@ -83,6 +83,8 @@ _TOKEN_KINDS = {
     "reused": "reused_tokens",
     "written": "generated_tokens",
     "embedded": "embedded_tokens",
+    "guessed": "drafted_tokens",
+    "guessed_right": "accepted_tokens",
 }
 #: Models that were shown with a running answer.
 _shown: set[str] = set()

@@ -69,6 +69,7 @@ class Options:
     context_tokens: int = 1024
     kv_mb: int = 0
     prefix_mb: int = 64
+    draft_tokens: int | None = None
     reading_tokens_per_s: float = 0.0
 
 
@@ -154,6 +155,7 @@ class OnnxBackend(Backend):
             context_tokens=options.context_tokens,
             kv_bytes=options.kv_mb << 20,
             prefix_bytes=options.prefix_mb << 20,
+            draft_tokens=options.draft_tokens,
             reading_tokens_per_s=options.reading_tokens_per_s,
         )
 

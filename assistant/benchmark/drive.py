@@ -20,12 +20,14 @@ import numpy as np
 from assistant.benchmark.figures import Figures, Times
 from assistant.benchmark.meter import Meter
 from assistant.benchmark.workloads import Load
-from assistant.engine import Engine, EngineConfig, Generation
+from assistant.engine import ChatTurn, Engine, EngineConfig, Generation
 
 _CONFIG = {one.name for one in fields(EngineConfig)}
 _SUBMIT = set(inspect.signature(Engine.submit).parameters)
 PACED = "reading_tokens_per_s" in _CONFIG
 REUSES = "scope" in _SUBMIT
+#: A model's answers end long before.
+_REPLY_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Room:
     tokens: int
     queue: int = 0
     reading_tokens_per_s: float = 0.0
+    #: As in EngineConfig.
+    draft_tokens: int | None = None
 
 
 @contextmanager
@@ -55,6 +59,7 @@ def opened(model: Path, threads: int, room: Room) -> Iterator[Engine]:
         max_queue_tokens=queue * context_tokens,
         step_tokens=max(256, 2 * room.chats),
         context_tokens=context_tokens,
+        draft_tokens=room.draft_tokens,
         **more,
     )
     engine = Engine(config)
@@ -92,6 +97,12 @@ class Answer:
     def ttft(self) -> float:
         return self.arrivals[0] - self.asked
 
+    async def read(self, generation: Generation) -> None:
+        async for tokens in generation:
+            now = time.perf_counter()
+            self.ids += [token.id for token in tokens]
+            self.arrivals += [now] * len(tokens)
+
     def into(self, times: Times) -> None:
         """Tokens that came together are one gap and zeros."""
         stamps, counts = np.unique(self.arrivals, return_counts=True)
@@ -104,15 +115,26 @@ class Answer:
 async def ask(engine: Engine, prompt: Sequence[int], count: int, scope: str = "") -> Answer:
     """One answer, read to its end. Raises: EngineError; ValueError when it was cut short."""
     answer = Answer(time.perf_counter())
-    async for tokens in submit(engine, prompt, count, scope):
-        now = time.perf_counter()
-        answer.ids += [token.id for token in tokens]
-        answer.arrivals += [now] * len(tokens)
+    await answer.read(submit(engine, prompt, count, scope))
     if len(answer.ids) < count:
         raise ValueError(
             f"the model's context is too small for {len(prompt)} prompt tokens and {count} new "
             "ones; the answer was cut short"
         )
+    return answer
+
+
+async def reply(engine: Engine, question: str) -> Answer:
+    """A whole answer of a model trained here, chosen and ended as the product does it."""
+    assert engine.codec is not None and engine.manifest is not None
+    answer = Answer(time.perf_counter())
+    generation = engine.submit(
+        engine.codec.encode_chat([ChatTurn("user", (question,))]),
+        max_new_tokens=_REPLY_TOKENS,
+        stop_ids=engine.codec.end_ids,
+        first=engine.manifest.first_token_rule(),
+    )
+    await answer.read(generation)
     return answer
 
 

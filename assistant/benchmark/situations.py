@@ -17,6 +17,7 @@ from statistics import median
 from assistant.benchmark import drive
 from assistant.benchmark.drive import Answer, Room, ask, opened, prompts
 from assistant.benchmark.figures import Fact, Figures, Measured, Times, percentile_ms
+from assistant.benchmark.guessing import own_answers
 from assistant.benchmark.meter import Meter, memory_mb
 from assistant.benchmark.stack import whole_stack
 from assistant.benchmark.workloads import Load, Sizes, poisson
@@ -323,6 +324,7 @@ SITUATIONS: dict[str, Callable[[Path, int, Sizes], Measured]] = {
     "turns": conversation,
     "intruder": intruder,
     "overload": overload,
+    "answers": own_answers,
     "stack": whole_stack,
     "idle": idle,
     "growth": growth,

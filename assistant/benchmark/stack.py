@@ -16,16 +16,16 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 
-from assistant.benchmark.drive import Room, opened
+from assistant.benchmark.drive import Room, opened, reply
 from assistant.benchmark.figures import Fact, Measured, percentile_ms
 from assistant.benchmark.workloads import Sizes
-from assistant.engine import ChatTurn, Engine
+from assistant.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Plain ones, which the model that ships answers itself.
@@ -223,30 +223,9 @@ def _alone(model: Path, threads: int, sizes: Sizes) -> _Seen:
 
 
 async def _ask_all(engine: Engine, chats: int, rounds: int, seen: _Seen) -> None:
-    prompts = list(_prompts(engine))
-
     async def chat(first: int) -> None:
         for at in range(rounds):
-            # Not `+= await`: that reads the sum first, and others add to it meanwhile.
-            tokens = await _answer(engine, prompts[(first + at) % len(prompts)])
-            seen.tokens += tokens
+            answer = await reply(engine, QUESTIONS[(first + at) % len(QUESTIONS)])
+            seen.tokens += len(answer.ids)
 
     await asyncio.gather(*map(chat, range(chats)))
-
-
-async def _answer(engine: Engine, prompt: list[int]) -> int:
-    """Tokens of one whole answer, ended as the product ends it."""
-    assert engine.codec is not None and engine.manifest is not None
-    generation = engine.submit(
-        prompt,
-        max_new_tokens=256,
-        stop_ids=engine.codec.end_ids,
-        first=engine.manifest.first_token_rule(),
-    )
-    return sum([len(tokens) async for tokens in generation])
-
-
-def _prompts(engine: Engine) -> Iterator[list[int]]:
-    assert engine.codec is not None
-    for question in QUESTIONS:
-        yield engine.codec.encode_chat([ChatTurn("user", (question,))])

@@ -22,6 +22,7 @@ WORKLOADS = {
     "intruder": "a long prompt arrives beside streaming chats: the longest gap they see",
     "overload": "four times the capacity: refusals, their speed, and whether promises hold",
     "readers": "how many chats can read at a steady pace",
+    "answers": "whole answers to real questions, with guesses of how they go on, and without",
     "stack": "32 chats through WebSocket and database, against the engine alone (--end-to-end)",
     "idle": "processor time of an engine nobody asks",
     "growth": "memory before and after many requests",
@@ -183,6 +184,7 @@ def _label(name: str, sizes: Sizes) -> str:
         "prefix": f"shared {sizes.prefix_tokens}",
         "turns": f"turn {sizes.turns} of a chat",
         "intruder": f"{sizes.streams} + {sizes.intruder_tokens} prompt",
+        "answers": f"answers to {sizes.chats[0]} chats",
         "overload": f"overload {sizes.overload:g}x",
         "readers": f"readers {sizes.reading_tokens_per_s:g} tok/s",
     }

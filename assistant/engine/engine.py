@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from assistant.engine.drafts import FILE as DRAFTS
+from assistant.engine.drafts import Known
 from assistant.engine.embedding import ROWS, Embedding
 from assistant.engine.errors import (
     EngineClosed,
@@ -36,7 +38,7 @@ from assistant.engine.scheduler import Rates, Request
 from assistant.engine.text import ChatTurn, Codec
 from assistant.engine.wide import FILE as WIDE
 from assistant.engine.wide import Wide
-from assistant.engine.worker import EngineConfig, EngineStats, Loaded, Worker
+from assistant.engine.worker import USUAL_DRAFT, EngineConfig, EngineStats, Loaded, Worker
 
 
 class Engine:
@@ -237,18 +239,29 @@ def load_onnx(config: EngineConfig) -> Loaded:
     manifest = Manifest.load(config.model_dir)
     codec = Codec.load(config.model_dir, manifest)
     wide = Wide.load(config.model_dir, len(manifest.topics)) if WIDE in manifest.files else None
+    vocabulary = manifest.architecture.vocab_size
+    known = Known.load(config.model_dir, vocabulary) if DRAFTS in manifest.files else None
+    plain = manifest.runner == "plain"
+    drafted = _draft_tokens(config, known) if not plain else 0
     context = min(config.context_tokens, manifest.context_tokens)
     slots = _slots(config, manifest.architecture, context)
-    kind = PlainRunner if manifest.runner == "plain" else OnnxRunner
-    runner = kind(
+    runner = (PlainRunner if plain else OnnxRunner)(
         config.model_dir / MODEL,
         manifest.architecture,
         slots=slots + 1 + ROWS,  # one more for a shared prefix, some for embeddings
         step_tokens=config.step_tokens,
         context_tokens=context,
         threads=config.threads,
+        drafting=drafted > 0,
     )
-    return Loaded(runner, codec.banned_ids, context, slots, manifest, codec, wide)
+    return Loaded(runner, codec.banned_ids, context, slots, manifest, codec, wide, known, drafted)
+
+
+def _draft_tokens(config: EngineConfig, known: Known | None) -> int:
+    """How many tokens to guess at once."""
+    if config.draft_tokens is None:
+        return USUAL_DRAFT if known is not None else 0
+    return config.draft_tokens
 
 
 def _slots(config: EngineConfig, architecture: Architecture, context_tokens: int) -> int:

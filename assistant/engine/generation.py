@@ -64,6 +64,11 @@ class Ticket:
     def done(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def unjudged(self) -> bool:
+        """Whether its first token is a verdict that is still to come."""
+        return self.first is not None and self.verdict is None
+
     def push(self, token: int, logprob: float) -> Waiter | None:
         """Add a token; whom to wake."""
         with self._lock:

@@ -74,7 +74,7 @@ def saturates(info: Path = _PROCESSOR) -> bool:
 
 
 def exact_products(options: Any) -> None:
-    """Tell an onnxruntime session to multiply 8-bit numbers exactly, where it would not. Only there:
+    """Tell an onnxruntime session to multiply 8-bit numbers exactly where it would not. Only there:
     other processors would take up to twice the time for it."""
     if saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -43,6 +43,7 @@ class PlainRunner:
         step_tokens: int,
         context_tokens: int,
         threads: int,
+        drafting: bool = False,
     ) -> None:
         """Raises: ManifestError when the graph is not the exported decoder that the manifest
         describes. ``step_tokens`` is part of every runner's signature; nothing here depends on
@@ -68,7 +69,7 @@ class PlainRunner:
             count = int(batch.counts[group[0]])
             ids = np.stack([batch.ids[ends[row] - count : ends[row]] for row in group])
             rows[group] = self._run(batch.slots[group], batch.starts[group], ids)
-        return _log_softmax(rows[batch.samples])
+        return _log_softmax(rows[batch.samples > 0])
 
     def pool(self, batch: Batch) -> Floats:
         raise NotImplementedError("an exported decoder gives logits only: it has no embeddings")

@@ -16,43 +16,50 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from assistant.engine.machine import cores
+from assistant.engine.machine import cores, exact_products
 from assistant.engine.manifest import Architecture, ManifestError
 from assistant.engine.sampling import Floats, Ints
+from assistant.engine.scheduler import DRAFTED_ROWS, RUN_COST
 
-#: What a run costs besides its tokens, in tokens' worth: measured on a 9 M parameter model.
-RUN_COST = 13.0
 #: Bound shapes that are kept; more only cost the time to bind them again.
 _MOST_BINDINGS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. *Shapes*: slots, starts, counts, samples (rows,); ids (sum of counts,)."""
+    """One step. *Shapes*: slots, starts, counts, samples (rows,); ids (sum of counts,).
+
+    The first ``decoding`` rows go on with answers, at one token each or with guesses behind it."""
 
     slots: Ints
     #: Tokens that each slot's cache holds before the step.
     starts: Ints
     counts: Ints
-    #: Whether the row's last token asks for a next one.
-    samples: NDArray[np.bool_]
+    #: How many of the row's last tokens ask for a next one.
+    samples: Ints
     ids: Ints
+    decoding: int
 
     @classmethod
     def of(
         cls,
         slots: Sequence[int],
         starts: Sequence[int],
-        samples: Sequence[bool],
+        samples: Sequence[int],
         ids: Sequence[Sequence[int]],
+        decoding: int = 0,
     ) -> Batch:
-        """From plain numbers, one entry a row."""
+        """From plain numbers, one entry a row. A row of one token always counts as decoding."""
+        counts = [len(row) for row in ids]
+        while decoding < len(counts) and counts[decoding] == 1:
+            decoding += 1
         return cls(
             slots=np.array(slots, np.int64),
             starts=np.array(starts, np.int64),
-            counts=np.array([len(row) for row in ids], np.int64),
-            samples=np.array(samples, np.bool_),
+            counts=np.array(counts, np.int64),
+            samples=np.array(samples, np.int64),
             ids=np.array([token for row in ids for token in row], np.int64),
+            decoding=decoding,
         )
 
 
@@ -71,13 +78,13 @@ class Runner(Protocol):
     width: int
 
     def step(self, batch: Batch) -> Floats:
-        """Log-probabilities of the sampling rows, in their order; valid until the next step.
-        *Shapes*: (number of true ``samples``, vocab). What a slot held behind ``starts`` is gone.
+        """Log-probabilities behind the tokens that ask, in their order; valid until the next step.
+        *Shapes*: (sum of ``samples``, vocab). What a slot held behind ``starts`` is gone.
         """
 
     def pool(self, batch: Batch) -> Floats:
         """What the model makes of all up to the last token of each sampling row, instead of what
-        comes next. *Shapes*: (number of true ``samples``, width). Otherwise as ``step``."""
+        comes next. *Shapes*: (sum of ``samples``, width). Otherwise as ``step``."""
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Keys and values of the first ``tokens`` of slot ``source``, into slot ``target``."""
@@ -107,8 +114,12 @@ class OnnxRunner:
         step_tokens: int,
         context_tokens: int,
         threads: int,
+        drafting: bool = False,
     ) -> None:
+        """``drafting``: answers may go on by several tokens at once. Then no row ever runs at one
+        token, which is rounded differently: what was guessed must not show in an answer."""
         self.vocab_size = architecture.vocab_size
+        self._narrowest = 2 if drafting else 1
         self.width = architecture.hidden_size
         self._session = _session(model, threads)
         _check_inputs(self._session, model)
@@ -125,7 +136,8 @@ class OnnxRunner:
             for side in ("k", "v")
         }
         # One more row for runs that sample nothing: the head never sees an empty tensor.
-        self._logprobs = np.empty((slots + 1, self.vocab_size), np.float32)
+        rows = slots + 1 + (max(2 * slots, DRAFTED_ROWS) if drafting else 0)
+        self._logprobs = np.empty((rows, self.vocab_size), np.float32)
         self._states = np.empty((slots + 1, self.width), np.float32)
         #: By output: embeddings come in many shapes, which must not push out those of answers.
         self._bindings: dict[str, dict[tuple[int, int, int], _Binding]]
@@ -145,9 +157,15 @@ class OnnxRunner:
             part = batch if len(rows) == len(batch.slots) else _part(batch, rows)
             wanted = int(part.samples.sum())
             out = into[done : done + wanted] if wanted else into[-1:]
-            self._binding(output, low, size, int(part.counts.max())).run(part, out)
+            self._binding(output, low, size, self._width(part)).run(part, out)
             done += wanted
         return into[:done]
+
+    def _width(self, part: Batch) -> int:
+        """New tokens of the rectangle for these rows. Those that decode know few widths, so that
+        few shapes are bound."""
+        widest = max(self._narrowest, int(part.counts.max()))
+        return 1 << (widest - 1).bit_length() if part.decoding else widest
 
     def _runs(self, batch: Batch) -> list[Run]:
         """While the same rows decode, a step is split as the one before."""
@@ -263,9 +281,7 @@ class _Binding:
         self._seqlens.fill(0)
         self._counts.fill(0)
         self._counts[self._rows] = batch.counts
-        last = self._rows * self._width + batch.counts - 1
-        if batch.samples.any():
-            self._sample[:] = last[batch.samples]
+        self._sample[: batch.samples.sum()] = _lasts(self._places, batch)
 
 
 def token_bytes(architecture: Architecture) -> int:
@@ -282,14 +298,21 @@ def runs(batch: Batch) -> Iterator[Run]:
     Prompts share a run, or have one each where padding costs more. A pure function of the batch.
     A run computes every slot between its lowest and highest row.
     """
-    count = len(batch.slots)
-    long = np.flatnonzero(batch.counts > 1)
-    first = int(long[0]) if long.size else count
+    count, first = len(batch.slots), batch.decoding
     together = [range(first, count)] * (first < count)
     alone = [range(row, row + 1) for row in range(first, count)]
     best = min((together, alone), key=lambda plan: sum(_cost(batch, rows) for rows in plan))
     for rows in [*_neighbours(batch.slots[:first]), *best]:
         yield rows, *_range(batch.slots[rows.start : rows.stop])
+
+
+def _lasts(places: Ints, batch: Batch) -> Ints:
+    """Of the places of all tokens, those that ask for a next one."""
+    ends = np.cumsum(batch.counts)
+    firsts = np.cumsum(batch.samples) - batch.samples
+    nth = np.arange(int(batch.samples.sum())) - np.repeat(firsts, batch.samples)
+    found: Ints = places[np.repeat(ends - batch.samples, batch.samples) + nth]
+    return found
 
 
 def _neighbours(slots: Ints) -> list[range]:
@@ -323,6 +346,7 @@ def _part(batch: Batch, rows: range) -> Batch:
         counts=counts,
         samples=batch.samples[part],
         ids=batch.ids[first : first + int(counts.sum())],
+        decoding=max(0, min(rows.stop, batch.decoding) - rows.start),
     )
 
 
@@ -349,6 +373,7 @@ def _session(model: Path, threads: int) -> Any:
         ("session.set_denormal_as_zero", "1"),
     ):
         options.add_session_config_entry(key, value)
+    exact_products(options)
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 

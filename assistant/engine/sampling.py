@@ -43,6 +43,11 @@ class Sampling:
         _require(0 < self.repetition_penalty <= 10, "repetition_penalty must be in (0, 10]")
         _require(self.seed is None or self.seed >= 0, "seed must not be negative")
 
+    @property
+    def plain(self) -> bool:
+        """Whether a choice depends on its row alone: neither on chance nor on earlier ones."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 @dataclass(frozen=True, slots=True)
 class FirstTokenRule:
@@ -131,8 +136,7 @@ class Sampler:
         self._refused.pop(slot, None)
         if sampling.banned:
             self._refused[slot] = np.array(sampling.banned, np.int64)
-        plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        (self._special.discard if plain else self._special.add)(slot)
+        (self._special.discard if sampling.plain else self._special.add)(slot)
         if sampling.repetition_penalty != 1:
             self._seen[slot] = False
             self._seen[slot, np.asarray(prompt, np.int64)] = True

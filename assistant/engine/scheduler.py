@@ -13,9 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from assistant.engine.drafts import Guess
+
 FinishReason = Literal["stop", "length", "cancelled"]
 #: With fewer prompt tokens in a step, some prompts could not be cut at all: see ``chunk``.
 LEAST_STEP = 4
+#: What a run and each of its rows cost besides their tokens, in tokens' worth: measured on a model
+#: of 9 M parameters.
+RUN_COST = 13.0
+ROW_COST = 2.0
+#: Tokens and guesses that one step decodes at most, where there are not more answers.
+DRAFTED_ROWS = 256
 #: Prompts move on by this much even where the time allowed for a step is used up.
 _LEAST_CHUNK = 16
 #: Tokens of a paced answer that come at full speed first: so far it stays ahead of its reader.
@@ -43,6 +51,8 @@ class Request:
     next_token: int = -1
     #: Tokens that were fed after the prompt, in order: with it, what the cache holds.
     fed: list[int] = field(default_factory=list)
+    #: How the answer may go on, where that is known.
+    guess: Guess | None = None
     #: When the reader of a paced answer needs the next token; seconds of the clock of ``plan``.
     due_s: float = 0.0
 
@@ -51,16 +61,22 @@ class Request:
         """Prompt tokens that are not in the cache yet."""
         return max(0, len(self.prompt) - self.cached)
 
+    def ahead(self, most: int) -> Sequence[int]:
+        """Tokens that may follow the next one."""
+        room = min(most, self.max_new_tokens - self.written - 1)
+        return self.guess.ahead(room) if self.guess is not None and room > 0 else ()
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``count`` tokens of one request to run after ``start`` cached ones; ``samples`` where the
-    last of them asks for a next token."""
+    """``count`` tokens of one request to run after ``start`` cached ones; ``samples``: how many of
+    the last of them ask for a next token. ``draft``: guesses that run behind the next token."""
 
     request: Request
     start: int
     count: int
-    samples: bool
+    samples: int
+    draft: Sequence[int] = ()
 
     @property
     def decodes(self) -> bool:
@@ -68,7 +84,7 @@ class Chunk:
 
     def tokens(self) -> Sequence[int]:
         if self.decodes:
-            return (self.request.next_token,)
+            return (self.request.next_token, *self.draft)
         return self.request.prompt[self.start : self.start + self.count]
 
 
@@ -210,7 +226,7 @@ class Scheduler:
         prompts = self._prompts(prompt_tokens)
         rows = self._decoding(now_s)
         if rows or prompts:
-            return Step([Chunk(row, row.cached, 1, True) for row in rows] + prompts)
+            return Step(_decode(rows) + prompts)
         due = min((request.due_s for request in self.running), default=now_s)
         return Step([], wait_s=max(0.0, due - now_s))
 
@@ -235,31 +251,42 @@ class Scheduler:
             budget = min(budget, max(_LEAST_CHUNK, prompt_tokens))
         reading = [request for request in self.running if request.missing]
         oldest = reading[0] if reading and self._steps % 2 == 0 else None
-        reading.sort(key=lambda request: (request is not oldest, request.missing))
+        # One single token runs among the rows that decode, and those come first.
+        reading.sort(key=lambda one: (one.missing > 1, one is not oldest, one.missing))
         chunks = []
         for request in reading:
             count = chunk(request.missing, budget)
             if count > 0:
-                chunks.append(Chunk(request, request.cached, count, count == request.missing))
+                ends = int(count == request.missing)
+                chunks.append(Chunk(request, request.cached, count, ends))
                 budget -= count
         return chunks
 
     def advance(self, step: Step) -> None:
-        """Note that ``step`` ran: its tokens are in the cache."""
+        """Note that ``step`` ran: its tokens are in the cache, guesses only once they are
+        ``confirm``ed."""
         for chunk in step.chunks:
-            chunk.request.cached += chunk.count
             if chunk.decodes:
-                chunk.request.fed.append(chunk.request.next_token)
+                self.confirm(chunk.request)
+            else:
+                chunk.request.cached += chunk.count
+
+    def confirm(self, request: Request) -> None:
+        """The next token of ``request`` ran: it is in the cache."""
+        request.cached += 1
+        request.fed.append(request.next_token)
 
     def feed(self, request: Request, token: int) -> None:
         """Run ``token`` next without counting or showing it."""
         request.next_token = token
+        if request.guess is not None:
+            request.guess.saw(token)
 
     def accept(self, request: Request, token: int, now_s: float) -> FinishReason | None:
         """Take a chosen token; why the request is over, if it is. A stop token is not shown."""
         if token in request.stop_ids:
             return "stop"
-        request.next_token = token
+        self.feed(request, token)
         request.written += 1
         if self._period_s:
             self._pace(request, now_s)
@@ -272,6 +299,31 @@ class Scheduler:
 
     def cached_tokens(self) -> int:
         return sum(request.cached for request in self.running)
+
+
+def _decode(rows: Sequence[Request]) -> list[Chunk]:
+    """Each row's next token, with as many guesses behind it as pay: a run takes the time of its
+    widest row for all."""
+    most = max(2, DRAFTED_ROWS // max(1, len(rows))) - 1
+    drafts = [row.ahead(most) for row in rows]
+    longest = max(map(len, drafts), default=0)
+    if longest:
+        width = best_width(drafts, [2**power for power in range(1, longest.bit_length() + 1)])
+        drafts = [draft[: width - 1] for draft in drafts]
+    return [
+        Chunk(row, row.cached, 1 + len(draft), 1 + len(draft), draft)
+        for row, draft in zip(rows, drafts, strict=True)
+    ]
+
+
+def best_width(drafts: Sequence[Sequence[int]], widths: Sequence[int]) -> int:
+    """The number of tokens a row that gives the most tokens for the time, if all guesses hold."""
+
+    def speed(width: int) -> float:
+        tokens = sum(min(1 + len(draft), width) for draft in drafts)
+        return tokens / (RUN_COST + len(drafts) * (ROW_COST + width))
+
+    return max(widths, key=speed)
 
 
 def chunk(missing: int, budget: int) -> int:
@@ -291,13 +343,17 @@ class Rates:
     prefill_s: float = 1e-3
     step_s: float = 20e-3
     answer_tokens: float = 64.0
+    #: Tokens that an answer gains in a step.
+    gained: float = 1.0
     #: Moving means over first tokens: the wait, and by how much its promise was off.
     waited_s: float = 0.0
     missed_s: float = 0.0
     _weight: float = field(default=0.1, repr=False)
 
-    def ran(self, *, prefill_tokens: int, seconds: float) -> None:
-        """One step took ``seconds``, with this many prompt tokens in it."""
+    def ran(self, *, prefill_tokens: int, seconds: float, gained: float = 1.0) -> None:
+        """One step took ``seconds``, with this many prompt tokens in it; each answer that ran
+        ``gained`` tokens."""
+        self.gained += self._weight * (gained - self.gained)
         if prefill_tokens:
             share = max(seconds - self.step_s, 0.25 * seconds) / prefill_tokens
             self.prefill_s += self._weight * (share - self.prefill_s)
@@ -330,7 +386,7 @@ class Rates:
             tokens = sorted(left)[nth] + rounds * self.answer_tokens
         elif not free:
             tokens = (ahead + 1) / (slots + 1) * self.answer_tokens
-        return prompt_tokens * self.prefill_s + tokens * max(self.step_s, period_s)
+        return prompt_tokens * self.prefill_s + tokens * max(self.step_s / self.gained, period_s)
 
     def left(self, requests: Sequence[Request]) -> list[float]:
         """About how many tokens each of them still writes: to the usual length; one that is past

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from assistant.engine.drafts import Guess, Known, Lookup
 from assistant.engine.embedding import Embedding, Embeddings
 from assistant.engine.errors import EngineClosed, EngineCrashed, EngineError
 from assistant.engine.generation import Command, Share, Ticket, Waiter
@@ -27,6 +29,7 @@ from assistant.engine.runner import Batch, Runner
 from assistant.engine.sampling import Floats, Sampler, judge
 from assistant.engine.scheduler import (
     LEAST_STEP,
+    Chunk,
     FinishReason,
     Rates,
     Request,
@@ -43,6 +46,9 @@ _LEAST_KEPT_TOKENS = 8
 #: them takes longer than such a part of the longest step.
 _EMBEDDING_SHARE = 5
 _LEAST_PIECE = 16
+#: Guessed tokens that a run checks behind an answer's next one: where a model ships answers, and at
+#: most.
+USUAL_DRAFT, MOST_DRAFT = 15, 31
 #: Who waits is counted this often at most; the count is for people to read.
 _COUNT_LINE_S = 0.2
 
@@ -68,6 +74,9 @@ class EngineConfig:
     kv_bytes: int = 0
     #: Memory of finished answers', kept for their chats' next turns. 0: keep none.
     prefix_bytes: int = 64 << 20
+    #: Guessed tokens that one run checks behind an answer's next one, at most; 0: none. They come
+    #: from the answers a model ships, else from the prompt. None: USUAL_DRAFT for the former only.
+    draft_tokens: int | None = None
     #: Pace of an answer after its first words, for many readers at once. 0: as fast as possible.
     reading_tokens_per_s: float = 0.0
 
@@ -80,6 +89,8 @@ class EngineConfig:
             )
         if self.step_tokens < LEAST_STEP or self.context_tokens < 8:
             raise ValueError(f"step_tokens starts at {LEAST_STEP}, context_tokens at 8")
+        if not 0 <= (self.draft_tokens or 0) <= MOST_DRAFT:
+            raise ValueError(f"draft_tokens lies between 0 and {MOST_DRAFT}")
         if min(self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s) < 0:
             raise ValueError("kv_bytes, prefix_bytes and reading_tokens_per_s are not negative")
         if not self.most_step_s > 0:
@@ -104,6 +115,9 @@ class EngineStats:
     #: Prompt tokens that were not computed because their chat's cache was kept.
     reused_tokens: int = 0
     generated_tokens: int = 0
+    #: Guesses that were checked, and those of them that were right.
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     #: Tokens that were read for their embeddings.
     embedded_tokens: int = 0
     finished: int = 0
@@ -131,6 +145,9 @@ class Loaded:
     manifest: Manifest | None = None
     codec: Codec | None = None
     wide: Wide | None = None
+    #: Answers it knows, and how many tokens of them to guess at once; 0: the runner checks none.
+    known: Known | None = None
+    draft_tokens: int = 0
 
 
 class _Gate:
@@ -171,6 +188,8 @@ class _Counters:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     embedded_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
@@ -254,6 +273,8 @@ class Worker:
             prompt_tokens=counters.prompt_tokens,
             reused_tokens=counters.reused_tokens,
             generated_tokens=counters.generated_tokens,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
             embedded_tokens=counters.embedded_tokens,
             finished=counters.finished,
             cancelled=counters.cancelled,
@@ -359,8 +380,10 @@ class Worker:
         if step.chunks:
             logprobs = self._runner.step(_batch(step))
             self._scheduler.advance(step)
+            before = self._counters.generated_tokens
             self._choose(step, logprobs)
-            self._count(step, time.perf_counter() - began)
+            gained = self._counters.generated_tokens - before
+            self._count(step, time.perf_counter() - began, gained)
         self._rest_s = step.wait_s
         self._publish()
 
@@ -412,6 +435,7 @@ class Worker:
         if ticket.asked_s is not None:
             ticket.queue_s = time.perf_counter() - ticket.asked_s
         self._sampler.open(request.slot, ticket.sampling, request.prompt)
+        request.guess = self._guess(ticket)
         hit = self._prefixes.find(request.scope, request.prompt)
         shared, start = self._prefixes.shared, 0
         if shared is not None and self._prefixes.starts_shared(request.prompt):
@@ -424,6 +448,14 @@ class Worker:
         request.cached = hit.tokens
         self._counters.reused_tokens += hit.tokens
 
+    def _guess(self, ticket: Ticket) -> Guess | None:
+        """None where each choice depends on the one before: those are made one at a time."""
+        most = self.loaded.draft_tokens
+        if not most or not ticket.sampling.plain:
+            return None
+        known = self.loaded.known
+        return Lookup(ticket.request.prompt, most) if known is None else Guess(known, most)
+
     def _keep(self, request: Request) -> None:
         """Keep the cache of an answer that ends, for its chat's next turn."""
         if not request.scope or request.cached < _LEAST_KEPT_TOKENS:
@@ -435,20 +467,35 @@ class Worker:
             self._prefixes.keep(request.scope, Kept(np.array(ids, np.int64), start, saved))
 
     def _choose(self, step: Step, logprobs: Floats) -> None:
-        tickets = [self._tickets[chunk.request] for chunk in step.chunks if chunk.samples]
-        judging = [
-            row for row, ticket in enumerate(tickets) if ticket.first and ticket.verdict is None
-        ]
+        asking = [chunk for chunk in step.chunks if chunk.samples]
+        firsts = list(itertools.accumulate((one.samples for one in asking[:-1]), initial=0))
+        judging = [at for at, one in enumerate(asking) if self._tickets[one.request].unjudged]
         if judging:
-            for row in judging:
-                self._judge(tickets[row], logprobs[row])
-            rest = sorted(set(range(len(tickets))).difference(judging))
-            tickets, logprobs = [tickets[row] for row in rest], logprobs[rest]
-        if tickets:
-            slots = [ticket.request.slot for ticket in tickets]
+            for at in judging:
+                self._judge(self._tickets[asking[at].request], logprobs[firsts[at]])
+            logprobs = np.delete(logprobs, [firsts[at] for at in judging], axis=0)
+            asking = [one for at, one in enumerate(asking) if at not in judging]
+        if asking:
+            slots = [one.request.slot for one in asking for _ in range(one.samples)]
             ids, chosen = self._sampler.choose(logprobs, slots)
-            for ticket, token, logprob in zip(tickets, ids.tolist(), chosen.tolist(), strict=True):
-                self._accept(ticket, token, logprob)
+            choices = zip(ids.tolist(), chosen.tolist(), strict=True)
+            for one in asking:
+                self._take(one, list(itertools.islice(choices, one.samples)))
+
+    def _take(self, chunk: Chunk, choices: Sequence[tuple[int, float]]) -> None:
+        """The model's choice behind each token that ran, as long as what ran was its own choice."""
+        ticket = self._tickets[chunk.request]
+        right = 0
+        for (token, logprob), guess in itertools.zip_longest(choices, chunk.draft):
+            self._accept(ticket, token, logprob)
+            if ticket.done or token != guess:
+                break
+            self._scheduler.confirm(chunk.request)
+            right += 1
+        if chunk.draft and chunk.request.guess is not None:
+            chunk.request.guess.held(right, len(chunk.draft))
+            self._counters.drafted_tokens += len(chunk.draft)
+            self._counters.accepted_tokens += right
 
     def _judge(self, ticket: Ticket, logprobs: Floats) -> None:
         assert ticket.first is not None
@@ -509,9 +556,12 @@ class Worker:
                 for ticket, _ in readers:
                     self._end(ticket, "cancelled")
 
-    def _count(self, step: Step, seconds: float) -> None:
+    def _count(self, step: Step, seconds: float, gained: int) -> None:
         prefill = sum(chunk.count for chunk in step.chunks if not chunk.decodes)
-        self.rates.ran(prefill_tokens=prefill, seconds=seconds)
+        rows = sum(chunk.samples > 0 for chunk in step.chunks)
+        self.rates.ran(
+            prefill_tokens=prefill, seconds=seconds, gained=max(1.0, gained / rows) if rows else 1.0
+        )
         self._counters.steps += 1
         self._counters.batches[len(step.chunks)] += 1
         self._counters.prompt_tokens += prefill
@@ -556,4 +606,5 @@ def _batch(step: Step) -> Batch:
         [chunk.start for chunk in chunks],
         [chunk.samples for chunk in chunks],
         [chunk.tokens() for chunk in chunks],
+        sum(chunk.decodes for chunk in chunks),
     )

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from assistant.engine.drafts import FILE as DRAFTS
+from assistant.engine.drafts import Known
 from assistant.engine.manifest import (
     MODEL,
     NAME,
@@ -367,9 +369,10 @@ def _publish(out_dir: Path, source: _Source, manifest: Manifest, model: bytes) -
         (draft / MODEL).write_bytes(model)
         shutil.copyfile(source.checkpoint.directory / TOKENIZER, draft / TOKENIZER)
         names = [MODEL, TOKENIZER]
-        if (source.checkpoint.directory / WIDE).is_file():
-            shutil.copyfile(source.checkpoint.directory / WIDE, draft / WIDE)
-            names.append(WIDE)
+        for name in (WIDE, DRAFTS):
+            if (source.checkpoint.directory / name).is_file():
+                shutil.copyfile(source.checkpoint.directory / name, draft / name)
+                names.append(name)
         if source.template:
             (draft / TEMPLATE).write_text(source.template, encoding="utf-8")
             names.append(TEMPLATE)
@@ -393,6 +396,8 @@ def _prove(directory: Path) -> None:
     Codec.load(directory, manifest)
     if WIDE in manifest.files:
         Wide.load(directory, len(manifest.topics))
+    if DRAFTS in manifest.files:
+        Known.load(directory, manifest.architecture.vocab_size)
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from assistant.engine import Engine, EngineConfig, Manifest, Sampling
+from assistant.engine import Engine, EngineConfig, Manifest, Sampling, drafts
 from assistant.engine.machine import cores
 from assistant.engine.manifest import MODEL
 from assistant.engine.text import ChatTurn, Slot
@@ -131,11 +131,22 @@ def finish(
     encoder = Encoder.load(folder / "tokenizer.json")
     wide = fit_wide(model, corpus, encoder, mask, progress)
     wide.save(folder)
+    drafts.save(folder, taught(corpus, encoder))
     fitted, figures = calibrate(model, encoder, mask, corpus.dev, wide)
     write_card_source(folder, name, version, fitted, figures)
     prompts = _measured_on(corpus, encoder, mask)
     build_for("throughput", folder, folder / "model", progress, prompts=prompts)
     return describe(corpus, mask, folder, pairs=pairs, golden=golden, progress=progress)
+
+
+def taught(corpus: Corpus, encoder: Encoder) -> list[list[int]]:
+    """The written answers as the model writes them, intents first: what it may be about to say."""
+    answers = corpus.answers.by_intent(labels.INTENTS) if corpus.answers else {}
+    return [
+        [encoder.id(labels.intent_token(intent)), *encoder.answer(text)]
+        for intent, texts in answers.items()
+        for text in texts
+    ]
 
 
 def fit_wide(

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assistant.engine import Manifest
+from assistant.engine import Manifest, drafts
 from assistant.engine.manifest import MODEL
 from assistant.engine.wide import FILE as WIDE
 from assistant.engine.wide import Wide
@@ -97,7 +97,7 @@ def revise(plan: Plan, mask: Mask, config: TrainConfig, progress: Progress) -> O
         checkpoint, cases, replay, mask, plan.out, config, manifest.calibration,
         wide=wide, resume=plan.resume, progress=progress,
     )  # fmt: skip
-    weights = _keep_weights(student, wide, checkpoint, plan, manifest)
+    weights = _keep_weights(student, wide, cases, checkpoint, plan, manifest)
     with _draft(plan.out, _RESULT) as draft:
         prompts = _prompts(Encoder.load(checkpoint / "tokenizer.json"), mask, unseen, cases)
         progress(f"building ({manifest.quant}) and judging the revised model ...")
@@ -274,7 +274,12 @@ def _revised_wide(
 
 
 def _keep_weights(
-    student: Any, wide: Wide | None, checkpoint: Path, plan: Plan, base: Manifest
+    student: Any,
+    wide: Wide | None,
+    cases: Sequence[Case],
+    checkpoint: Path,
+    plan: Plan,
+    base: Manifest,
 ) -> Path:
     """``OUT/weights``: the tuned checkpoint, with the base's calibration."""
     from assistant.modelkit.student import save_checkpoint
@@ -287,8 +292,21 @@ def _keep_weights(
         shutil.copyfile(checkpoint / "tokenizer.json", draft / "tokenizer.json")
         if wide is not None:
             wide.save(draft)
+        if (checkpoint / drafts.FILE).is_file():
+            drafts.save(draft, _told(checkpoint, cases, base.architecture.vocab_size))
         _write_whole(draft / DETAILS, own)
     return plan.out / _WEIGHTS
+
+
+def _told(checkpoint: Path, cases: Sequence[Case], vocab_size: int) -> list[list[int]]:
+    """The answers the base knows, behind those of the corrections: the newest are found first."""
+    encoder = Encoder.load(checkpoint / "tokenizer.json")
+    new = [
+        [encoder.id(labels.intent_token(case.intent)), *encoder.answer(case.answer)]
+        for case in cases
+        if case.answer
+    ]
+    return [*new, *drafts.read(checkpoint, vocab_size)]
 
 
 def next_version(base: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from assistant.engine.drafts import FILE as DRAFTS
 from assistant.engine.manifest import MODEL, NAME, TOKENIZER, Manifest
 from assistant.engine.wide import FILE as WIDE
 from assistant.modelkit.build import DETAILS
@@ -61,8 +62,8 @@ def _write(
 
     save_file(weights, draft / WHOLE, metadata={"format": "pt"})
     shutil.copyfile(folder / TOKENIZER, draft / TOKENIZER)
-    if WIDE in manifest.files:
-        shutil.copyfile(folder / WIDE, draft / WIDE)
+    for name in {WIDE, DRAFTS} & manifest.files.keys():
+        shutil.copyfile(folder / name, draft / name)
     config = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", **shape.config()}
     for name, content in (("config.json", config), (DETAILS, details(manifest))):
         (draft / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 
 from assistant import facts
+from assistant.engine import drafts
 from assistant.engine.manifest import Calibration, Manifest
 from assistant.modelkit import corpus, judging, labels, revision, tune
 from assistant.modelkit.build import build
@@ -37,6 +38,8 @@ ROWS: list[dict[str, Any]] = [
                {"role": "user", "text": "purple please"}], "intent": "change_order"},
 ]  # fmt: skip
 WRITTEN = corpus.written
+#: An answer that the base was taught, as ids.
+KNOWN = [9, 60, 61, 62, 1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +63,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_card_source(folder, "small", "0.1.0", Calibration(answer_from=0.5), {"ece": 0.1})
     own = json.loads((folder / "inhouse.json").read_text())
     (folder / "inhouse.json").write_text(json.dumps({**own, "random": True}))
+    drafts.save(folder, [KNOWN])
     build(folder, folder / "model", "row8")
     (folder / "model" / "MODEL_CARD.md").write_text("# small 0.1.0\n\nSmall.\n\n## Figures\n\nx\n")
     return folder / "model"
@@ -117,6 +121,12 @@ def test_a_model_learns_corrections_and_is_built_judged_and_marked(
     card = (out / "model" / "MODEL_CARD.md").read_text()
     assert card.startswith("# small 0.1.0+1\n")
     assert card.index("## Corrections") < card.index("## Figures")
+    encoder = Encoder.load(base / "tokenizer.json")
+    known = drafts.read(out / "model", manifest.architecture.vocab_size)
+    assert known == [
+        [manifest.intents["delivery_period"], *encoder.answer("At {{Website}}.")],
+        KNOWN,
+    ], "the answers to guess from are those of the base and of the corrections"
     assert hashes(base) == before, "the base is only read"
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 

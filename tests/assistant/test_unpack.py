@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from assistant.engine.drafts import FILE as DRAFTS
 from assistant.engine.manifest import MODEL, Manifest
+from assistant.engine.wide import FILE as WIDE
 from assistant.modelkit.build import build
 from assistant.modelkit.checkpoint import SHAPES, Checkpoint, write_checkpoint, write_random
 from assistant.modelkit.quality import Batch, generate, open_session
@@ -131,6 +133,8 @@ def test_the_bundled_model_can_be_unpacked(tmp_path: Path) -> None:
     manifest = unpack(bundled, tmp_path / "back")
     opened = Checkpoint.open(tmp_path / "back")
     assert opened.shape.vocab_size == manifest.architecture.vocab_size
+    for name in (WIDE, DRAFTS):
+        assert (tmp_path / "back" / name).read_bytes() == (bundled / name).read_bytes()
     assert not is_built(tmp_path / "back")
 
 

@@ -87,9 +87,9 @@ class FakeRunner:
             context = context[:start] + batch.ids[first : first + count].tolist()
             self._contexts[slot] = context
             first += count
-            if samples:
-                row = self.logprobs(context)
-                rows.append(np.full_like(row, np.nan) if self.poison in context else row)
+            for end in range(len(context) - samples + 1, len(context) + 1):
+                row = self.logprobs(context[:end])
+                rows.append(np.full_like(row, np.nan) if self.poison in context[:end] else row)
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
 
     def pool(self, batch: Batch) -> Floats:
@@ -174,6 +174,11 @@ def make_engine() -> Iterator[MakeEngine]:
 def ids(generation: Generation) -> list[int]:
     """Everything that is still to come, read without an event loop."""
     return [token.id for batch in generation.tokens_sync() for token in batch]
+
+
+def pairs(generation: Generation) -> list[tuple[int, float]]:
+    """As ``ids``, with the log-probabilities."""
+    return [(token.id, token.logprob) for batch in generation.tokens_sync() for token in batch]
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ from assistant.modelkit.checkpoint import SHAPES, Checkpoint, write_checkpoint
 from assistant.modelkit.graph import build_graph
 from assistant.modelkit.quality import open_session
 from assistant.modelkit.quantise import Tapped
-from tests.engine.conftest import PATIENCE_S, FakeRunner, MakeEngine, ids
+from tests.engine.conftest import PATIENCE_S, FakeRunner, MakeEngine, ids, pairs
 
 ROOT = Path(__file__).parents[2]
 
@@ -1167,14 +1167,12 @@ def test_importing_the_engine_loads_neither_django_nor_onnxruntime() -> None:
 # -- real arithmetic -----------------------------------------------------------------------------
 
 
-def batch_of(rows: list[tuple[int, int]]) -> Batch:
-    slots, counts = (np.array(column, np.int64) for column in zip(*rows, strict=True))
-    return Batch(slots, slots * 0, counts, slots >= 0, np.arange(counts.sum()))
-
-
-def split(rows: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+def split(rows: list[tuple[int, int]], decoding: int = 0) -> list[tuple[int, int, int, int]]:
     """(first row, row behind the last, lowest slot, slots) of each run of ``rows``."""
-    return [(part.start, part.stop, low, size) for part, low, size in runs(batch_of(rows))]
+    slots, counts = zip(*rows, strict=True)
+    nothing = [0] * len(rows)
+    batch = Batch.of(slots, nothing, nothing, [range(count) for count in counts], decoding)
+    return [(part.start, part.stop, low, size) for part, low, size in runs(batch)]
 
 
 def test_decode_rows_run_by_themselves_and_prompts_share_a_run_unless_padding_costs() -> None:
@@ -1186,6 +1184,8 @@ def test_decode_rows_run_by_themselves_and_prompts_share_a_run_unless_padding_co
     assert split([(0, 20), (9, 20)]) == [(0, 1, 0, 1), (1, 2, 9, 1)], "8 slots between them"
     assert split([(5, 1)]) == [(0, 1, 5, 1)]
     assert split([(7, 1), (4, 1)]) == [(0, 2, 4, 4)]
+    guessed = [(0, 8), (1, 1), (2, 4), (3, 90)]
+    assert split(guessed, decoding=3) == [(0, 3, 0, 3), (3, 4, 3, 1)], "guesses run with the rest"
 
 
 def test_decode_rows_far_apart_do_not_pay_for_the_idle_slots_between_them() -> None:
@@ -1367,18 +1367,14 @@ def test_a_hundred_random_batches_in_full_precision_are_those_alone(
     engine.close()
 
 
-def read(generation: Generation) -> list[tuple[int, float]]:
-    return [(token.id, token.logprob) for batch in generation.tokens_sync() for token in batch]
-
-
 @pytest.mark.parametrize("length", [2, 7, 23, 24, 25, 26, 48, 49, 60])
 def test_an_answer_behind_a_shared_prefix_is_the_same(real: Engine, length: int) -> None:
     prefix = [20 + 7 * i % 480 for i in range(length)]
     prompts = [[*prefix, 30 + i, 40, 50 + i] for i in range(8)]
-    alone = [read(real.submit(prompt, max_new_tokens=6)) for prompt in prompts]
+    alone = [pairs(real.submit(prompt, max_new_tokens=6)) for prompt in prompts]
     real.share_prefix(prefix)
     before = reused(real)
-    found = [read(real.submit(prompt, max_new_tokens=6)) for prompt in prompts]
+    found = [pairs(real.submit(prompt, max_new_tokens=6)) for prompt in prompts]
     real.share_prefix([19, 19])  # which no other test begins with
     assert reused(real) - before == 8 * length
     assert real.manifest is not None
@@ -1397,8 +1393,8 @@ def test_a_next_turn_from_what_was_kept_is_the_same_answer(real: Engine) -> None
     for chat in range(12):
         prompt = rng.choices(range(20, 512), k=rng.randint(8, 40))
         for _ in range(3):
-            kept = read(real.submit(prompt, max_new_tokens=8, scope=f"chat {chat}"))
-            cold = read(real.submit(prompt, max_new_tokens=8))
+            kept = pairs(real.submit(prompt, max_new_tokens=8, scope=f"chat {chat}"))
+            cold = pairs(real.submit(prompt, max_new_tokens=8))
             assert [token for token, _ in kept] == [token for token, _ in cold]
             np.testing.assert_allclose(
                 [logprob for _, logprob in kept], [logprob for _, logprob in cold], atol=0.1

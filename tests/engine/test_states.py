@@ -6,9 +6,11 @@ clock that the test moves, so that a failure is found again.
 
 from __future__ import annotations
 
+import random
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from assistant.engine import Engine, EngineConfig, Generation, Overloaded
+from assistant.engine.drafts import Guess, Known
 from assistant.engine.generation import Ticket
 from assistant.engine.prefix import Kept
 from assistant.engine.runner import Batch
@@ -53,10 +56,21 @@ asks = st.builds(
 
 
 class HandDriven(Worker):
-    """Its thread ends at once: the test takes the steps."""
+    """Its thread ends at once: the test takes the steps. Its guesses are right but for some."""
+
+    wrong = 0.0
 
     def _live(self) -> None:
         """Nothing."""
+
+    def _guess(self, ticket: Ticket) -> Guess | None:
+        if not self.loaded.draft_tokens:
+            return None
+        rng = random.Random(str(ticket.request.prompt))
+        runner = cast(FakeRunner, self.loaded.runner)
+        alone = runner.greedy(ticket.request.prompt, ticket.request.max_new_tokens + 3)
+        noisy = [rng.randrange(VOCAB) if rng.random() < self.wrong else one for one in alone]
+        return Guess(Known([noisy]), self.loaded.draft_tokens)
 
 
 class Clock:
@@ -120,8 +134,13 @@ class Books(RuleBasedStateMachine):
         most_step_s=0.02,
     )
 
-    @initialize(pace=st.sampled_from([0.0, 30.0]), prefix_bytes=st.sampled_from([700, 2000, 8000]))
-    def start(self, pace: float, prefix_bytes: int) -> None:
+    @initialize(
+        pace=st.sampled_from([0.0, 30.0]),
+        prefix_bytes=st.sampled_from([700, 2000, 8000]),
+        draft_tokens=st.sampled_from([0, 1, 3, 15]),
+        wrong=st.sampled_from([0.0, 0.2, 0.9]),
+    )
+    def start(self, pace: float, prefix_bytes: int, draft_tokens: int, wrong: float) -> None:
         config = replace(self.config, reading_tokens_per_s=pace, prefix_bytes=prefix_bytes)
         self.clock = Clock()
         self.patches = [
@@ -130,7 +149,8 @@ class Books(RuleBasedStateMachine):
         for patch in self.patches:
             patch.start()
         self.runner = Slow(self.clock)
-        self.worker = HandDriven(config, Loaded(self.runner))
+        self.worker = HandDriven(config, Loaded(self.runner, draft_tokens=draft_tokens))
+        self.worker.wrong = wrong
         self.engine = Engine(config)
         self.engine._worker = self.worker
         self.asked: list[Asked] = []
@@ -245,6 +265,7 @@ class Books(RuleBasedStateMachine):
         done = [one for one in self.asked if one.ticket.done]
         assert stats.finished + stats.cancelled == len(done)
         assert stats.generated_tokens >= sum(len(one.shown) for one in self.asked)
+        assert stats.accepted_tokens <= stats.drafted_tokens
 
     @invariant()
     def every_slot_is_free_or_one_request_s(self) -> None:
