@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assistant.engine.drafts import FILE as DRAFTS
 from assistant.engine.manifest import Manifest
 from assistant.engine.wide import FILE
 from assistant.modelkit.labels import SMALL_TALK, SUPPORT
@@ -192,6 +193,10 @@ and a table of 8-bit weights over its words, neighbouring words and pieces of wo
 what was asked before. The table is fitted to the same questions after the network. It knows wordings by
 heart; the network generalises, and writes the answer that follows.
 """
+_GUESSES = f"""
+The answers it was written to give stand beside it as token ids (`{DRAFTS}`), for guesses of how an answer
+goes on: they make it faster and never change it.
+"""
 
 
 def write_card(folder: Path, found: Findings) -> Path:
@@ -199,7 +204,11 @@ def write_card(folder: Path, found: Findings) -> Path:
     settings = found.settings
     text = _ABOUT.format(
         **_named(found),
-        wide=_WIDE if FILE in found.manifest.files else "",
+        wide="".join(
+            text
+            for name, text in ((FILE, _WIDE), (DRAFTS, _GUESSES))
+            if name in found.manifest.files
+        ),
         training=_training(settings, found.cores),
         inside="\n".join(_inside(found.kinds)),
         outside="\n".join(_outside(found.kinds)),
