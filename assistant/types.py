@@ -67,6 +67,9 @@ class Waiting:
 class Started:
     """The answer is about to be shown. ``confidence`` and ``scope`` are calibrated, 0..1.
 
+    The confidence of a model without intents is not: it is the geometric mean of the probabilities
+    of its first tokens.
+
     ``intent`` is the best intent of the closed set (also when the question is out of scope), or
     None for a model without intents. ``scope`` is the probability that the question is in scope.
     ``band`` is what the model's own fitted thresholds say of the answer that follows. Where an

@@ -95,6 +95,8 @@ class TurnRecord:
     asked_at: float = 0.0
     admit_ms: float = 0.0
     persist_ms: float = 0.0
+    #: Mean log-probability of the answer's tokens, in nats, where the model tells it.
+    logprob: float | None = None
     #: The caller's ``traceparent``, if one was sent.
     trace: str = ""
 
@@ -121,6 +123,7 @@ class _Progress:
     started: types.Started | None = None
     usage: types.Usage = field(default_factory=types.Usage)
     finish_reason: str = ""
+    logprob: float | None = None
     ttft_ms: float | None = None
 
     @property
@@ -352,6 +355,7 @@ class Turn:
                 self._show(event.text)
             case types.Finished():
                 progress.usage, progress.finish_reason = event.usage, event.reason
+                progress.logprob = event.logprob
 
     def _show(self, text: str) -> None:
         progress = self._progress
@@ -513,6 +517,7 @@ class Turn:
             asked_at=self._came.at,
             admit_ms=(self.opened_at - self._came.monotonic) * 1000,
             persist_ms=self._persist_s * 1000,
+            logprob=self._progress.logprob,
             trace=self._came.trace,
         )
         for receiver, answer in turn_finished.send_robust(sender=Turn, record=record):

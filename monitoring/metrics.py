@@ -140,6 +140,13 @@ CONFIDENCE = Histogram(
     ["model"],
     buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
 )
+#: Positive, as Prometheus wants it. 0.7 nats: every second token was a toss-up between two.
+ANSWER_NLL = Histogram(
+    "assistant_answer_nll_nats",
+    "Mean negative log-probability of the tokens of an answer: how unsure the model wrote it.",
+    ["model"],
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0),
+)
 FALLBACKS = Counter(
     "assistant_fallbacks",
     "Answers by somebody else than the first on the route, and why.",
@@ -334,6 +341,8 @@ def count_turn(*, record: TurnRecord, **_: Any) -> None:
         TOKENS.labels(model, "output").inc(record.output_tokens)
     if record.confidence is not None:
         CONFIDENCE.labels(model).observe(record.confidence)
+    if record.logprob is not None:
+        ANSWER_NLL.labels(model).observe(max(0.0, -record.logprob))
     if record.reason:
         DEGRADED.labels(route, known(record.reason, REASONS)).inc()
         _count_fallback(record.reason, route)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from assistant.engine import Generation
 from assistant.engine.generation import Token
@@ -19,7 +20,7 @@ LEAST_TOLD_S = 0.3
 TELL_EVERY_S = 0.5
 
 
-async def served(generation: Generation) -> AsyncIterator[Waiting | list[Token]]:
+async def served(generation: Generation) -> AsyncGenerator[Waiting | list[Token]]:
     """Places that changed, then batches of tokens. Raises: EngineError."""
     told: Waiting | None = None
     while generation.place:
@@ -37,6 +38,24 @@ async def served(generation: Generation) -> AsyncIterator[Waiting | list[Token]]
         yield first
     async for tokens in generation:
         yield tokens
+
+
+async def held_back(
+    parts: AsyncGenerator[Waiting | list[Token]], count: int
+) -> AsyncIterator[Waiting | list[Token]]:
+    """The same, but the first ``count`` tokens come in one batch; fewer if there are no more."""
+    held: list[Token] = []
+    async with aclosing(parts):
+        async for part in parts:
+            if isinstance(part, Waiting):
+                yield part
+                continue
+            held += part
+            if len(held) >= count:
+                yield held
+                held, count = [], 0
+    if held:
+        yield held
 
 
 def _news(now: Waiting, told: Waiting | None) -> bool:

@@ -7,6 +7,7 @@ ours; knows nothing of conversations or storage.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from assistant.backends.base import Backend, Vector
-from assistant.backends.line import served
+from assistant.backends.line import held_back, served
 from assistant.engine import (
     ChatTurn,
     Codec,
@@ -33,6 +34,7 @@ from assistant.engine import (
     Verdict,
 )
 from assistant.engine import Overloaded as QueueFull
+from assistant.engine.generation import Token
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -59,7 +61,11 @@ from assistant.types import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """As in EngineConfig, memory in MiB. The queue is bounded in questions and in their tokens."""
+    """As in EngineConfig, memory in MiB. The queue is bounded in questions and in their tokens.
+
+    ``opening_tokens``: how much of an answer is held back to see how sure a model without intents
+    is, before anything is shown of it; 0: it says nothing of that.
+    """
 
     model_dir: str
     threads: int = 0
@@ -71,6 +77,7 @@ class Options:
     prefix_mb: int = 64
     draft_tokens: int | None = None
     reading_tokens_per_s: float = 0.0
+    opening_tokens: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,15 +266,16 @@ class OnnxBackend(Backend):
     ) -> AsyncIterator[Event]:
         writer = _Writer(ready.codec, params, values)
         begun = False
+        opening = 0 if ready.manifest.intents else int(self.options.opening_tokens)
         try:
-            async with aclosing(cast(Any, served(generation))) as batches:
+            async with aclosing(cast(Any, held_back(served(generation), opening))) as batches:
                 async for tokens in batches:
                     if isinstance(tokens, Waiting):
                         yield tokens
                         continue
                     if not begun:
                         begun = True
-                        yield _begun(ready.manifest, generation)
+                        yield _begun(ready.manifest, generation, tokens[:opening])
                     if text := writer.push(tokens):
                         yield Delta(text)
                     if writer.stopped:
@@ -275,7 +283,7 @@ class OnnxBackend(Backend):
         except EngineError as error:
             raise _failed(error) from error
         if not begun:  # the model ended before its first word
-            yield _begun(ready.manifest, generation)
+            yield _begun(ready.manifest, generation, ())
         for event in writer.end(generation.finish_reason, input_tokens):
             yield event
 
@@ -325,13 +333,25 @@ def _finish(reason: str | None, stopped: bool) -> FinishReason:
     return "length" if reason == "length" else "cancelled"
 
 
-def _begun(manifest: Manifest, generation: Generation) -> Started:
-    """The event that opens an answer, with how long it took to get there."""
+def _begun(manifest: Manifest, generation: Generation, opening: Sequence[Token]) -> Started:
+    """The event that opens an answer, with how long it took to get there.
+
+    ``opening``: the first tokens, for a model that says nothing else of how sure it is.
+    """
+    begun = started(manifest, generation.verdict)
     return replace(
-        started(manifest, generation.verdict),
+        begun,
+        confidence=begun.confidence if generation.verdict else _sureness(opening),
         queue_s=generation.queue_s,
         prefill_s=generation.prefill_s,
     )
+
+
+def _sureness(opening: Sequence[Token]) -> float | None:
+    """e to the mean log-probability (the geometric mean of the probabilities), 0..1; not fitted."""
+    if not opening:
+        return None
+    return min(1.0, math.exp(sum(token.logprob for token in opening) / len(opening)))
 
 
 def started(manifest: Manifest, verdict: Verdict | None) -> Started:

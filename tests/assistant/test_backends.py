@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ import numpy as np
 import pytest
 
 from assistant import backends
+from assistant.backends import onnx
 from assistant.backends.base import Backend
 from assistant.backends.echo import EchoBackend
+from assistant.backends.line import held_back
 from assistant.backends.onnx import OnnxBackend, Options
+from assistant.engine.generation import Token
 from assistant.engine.manifest import Chat, Manifest, describe_files
 from assistant.errors import (
     AssistantError,
@@ -34,6 +38,9 @@ from assistant.errors import (
 )
 from assistant.types import Delta, Event, Finished, Message, Params, Started, Waiting
 from conversations.history import TOKENS_PER_MESSAGE
+from fallback import router
+from fallback.answers import Known
+from fallback.policy import Policy
 
 PATIENCE_S = 20
 QUESTION = [Message("user", "how do I cancel my order?")]
@@ -605,7 +612,7 @@ async def test_a_model_from_elsewhere_answers_through_its_own_template(
     prompts = prompts_of(elsewhere, monkeypatch)
     Say(elsewhere, "Hello ", "there.")
     started, *rest, finished = await events_of(elsewhere, [Message("user", EVIL)])
-    assert started == Started("random-tiny@seed-0")
+    assert started == Started("random-tiny@seed-0", confidence=1.0)
     assert text_of(rest) == "Hello there."
     assert isinstance(finished, Finished) and finished.reason == "stop"
     codec = elsewhere.engine.codec
@@ -615,6 +622,52 @@ async def test_a_model_from_elsewhere_answers_through_its_own_template(
     ids = {one["content"]: one["id"] for one in tokenizer["added_tokens"]}
     wanted = ("<|system|>", "<|user|>", "<|end|>", "<|assistant|>")
     assert controls == [ids[piece] for piece in wanted]
+
+
+@pytest.mark.parametrize("opening", [1, 3, 8, 999])
+async def test_a_model_without_intents_says_how_sure_it_is_of_its_first_tokens(
+    elsewhere: OnnxBackend, monkeypatch: pytest.MonkeyPatch, opening: int
+) -> None:
+    elsewhere.options = replace(elsewhere.options, opening_tokens=opening)
+    held: list[int] = []
+    began = onnx._sureness
+    monkeypatch.setattr(onnx, "_sureness", lambda tokens: held.append(len(tokens)) or began(tokens))
+    started, *_, finished = await events_of(elsewhere)
+    assert isinstance(started, Started) and isinstance(finished, Finished)
+    assert held == [min(opening, finished.usage.output_tokens)]
+    assert started.confidence is not None and 0 < started.confidence < 0.9  # random weights
+    if opening == 999 and finished.logprob is not None:  # then it is that of the whole answer
+        assert started.confidence == pytest.approx(math.exp(finished.logprob))
+
+
+async def test_a_model_without_intents_says_nothing_of_it_if_nothing_is_held_back(
+    elsewhere: OnnxBackend,
+) -> None:
+    elsewhere.options = replace(elsewhere.options, opening_tokens=0)
+    started, *_ = await events_of(elsewhere)
+    assert isinstance(started, Started) and started.confidence is None
+
+
+@pytest.mark.parametrize(("least", "route"), [(0.0, "model"), (0.95, "human")])
+async def test_an_unsure_draft_of_a_model_without_intents_is_never_shown(
+    elsewhere: OnnxBackend, monkeypatch: pytest.MonkeyPatch, least: float, route: str
+) -> None:
+    monkeypatch.setattr(router.backends, "get", lambda alias: elsewhere)
+    known = Known((), {}, policy=Policy(("model", "human"), least, 60.0))
+    ask = router.Ask(tuple(QUESTION), Params(max_new_tokens=24), known)
+    events = [event async for event in router.route(ask)]
+    routed = [event for event in events if isinstance(event, router.Routed)]
+    assert [event.route for event in routed] == [route]
+    assert routed[0].reason == ("low_confidence" if least else "")
+
+
+async def test_what_is_held_back_of_an_answer_is_lost_with_it() -> None:
+    async def breaks() -> AsyncGenerator[Waiting | list[Token]]:
+        yield [Token(1, 0.0)]
+        raise OSError
+
+    with pytest.raises(OSError):
+        [part async for part in held_back(breaks(), 2)]
 
 
 async def test_each_end_of_a_model_from_elsewhere_ends_its_answer(elsewhere: OnnxBackend) -> None:

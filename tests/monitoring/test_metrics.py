@@ -154,6 +154,14 @@ def test_an_answer_from_the_cache_counts_no_tokens_again(counted):
     assert counted("assistant_time_to_first_token_seconds_count", **first) == 1
 
 
+def test_how_unsure_an_answer_was_written_is_seen_for_each_version(counted):
+    for model, logprob in (("tiny@1", -0.5), ("tiny@1", -1.5), ("tiny@2", -0.25), ("tiny@2", None)):
+        count_turn(record=replace(RECORD, model=model, logprob=logprob))
+    for model, count, total in (("tiny@1", 2, 2.0), ("tiny@2", 1, 0.25)):
+        assert counted("assistant_answer_nll_nats_count", model=model) == count
+        assert counted("assistant_answer_nll_nats_sum", model=model) == pytest.approx(total)
+
+
 @pytest.mark.parametrize("reason", metrics.FALLBACK_REASONS)
 def test_who_answered_instead_is_a_fallback_with_its_reason(reason, counted):
     count_turn(record=replace(RECORD, route="rules", model="", reason=reason))
