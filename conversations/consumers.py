@@ -15,8 +15,8 @@ from typing import Any
 
 from channels.generic.websocket import AsyncWebsocketConsumer  # type: ignore[import-untyped]
 
-from assistant.errors import AssistantError, InvalidRequest, NotFound
-from assistant.threads import in_thread
+from assistant.errors import AssistantError, InvalidRequest, NotFound, Overloaded
+from assistant.threads import in_thread, room
 from conversations import wire
 from conversations.access import (
     Credential,
@@ -25,7 +25,7 @@ from conversations.access import (
     credential_of_socket,
 )
 from conversations.idempotency import Once, run_once
-from conversations.limits import Caller, Seat, TooMany, traceparent
+from conversations.limits import Caller, Seat, TooMany, refused, traceparent
 from conversations.log import Reader
 from conversations.logins import Watch, watched
 from conversations.models import Conversation, Message, note_siblings
@@ -50,6 +50,8 @@ SEND_TIMEOUT_S = 10.0
 SETTLE_S = 3.0
 #: A socket that came without a login has so long to say a token.
 AUTH_WITHIN_S = 5.0
+#: When a socket that found no room may come back, in seconds; as a request of the API.
+RETRY_AFTER_S = 2.0
 
 
 class SignedOut(Exception):
@@ -140,7 +142,9 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._seat = Seat(address_of_socket(self.scope))
             if self._shown is None:
                 self._shown = await self._say_who()
-            caller, found = await in_thread(self._arrive)
+            caller, found = await self._in_place()
+        except Overloaded as error:
+            return await self._turned_away(error)
         except SignedOut:
             return wire.CLOSE_UNAUTHENTICATED
         except TooMany:
@@ -159,6 +163,25 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             return wire.CLOSE_LIMITED
         self._caller_key, self._user_id = caller.key, caller.user_id
         return None
+
+    async def _in_place(self) -> tuple[Caller | None, bool]:
+        """Who it is, found out in one of the places that requests share. Raises: Overloaded."""
+        if not await room.take():
+            told = "More is asked here than can be answered. Try again in a moment."
+            raise Overloaded(told, retry_after_s=RETRY_AFTER_S)
+        try:
+            return await in_thread(self._arrive)
+        finally:
+            room.leave()
+
+    async def _turned_away(self, error: Overloaded) -> int:
+        """Say so before the close, which a queue of frames would not outlive; the code of it."""
+        refused.send_robust(sender=Overloaded, scope="requests")
+        frame = {"type": "error", "error": wire.error_json(error), "ref": None}
+        with suppress(Exception):  # a peer that is gone
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self.send(text_data=wire.encode(frame))
+        return wire.CLOSE_OVERLOADED
 
     async def _say_who(self) -> Credential:
         """The token of the first frame. Raises: SignedOut for anything else, or nothing.

@@ -30,6 +30,8 @@ from conversations.models import Conversation, Feedback, HandOver, Message
 
 #: Why the server closes a socket.
 CLOSE_UNAUTHENTICATED, CLOSE_NOT_FOUND, CLOSE_LIMITED = 4401, 4404, 4429
+#: "Try again later", in IANA's registry of close codes; clients take it as any broken line.
+CLOSE_OVERLOADED = 1013
 
 _DRF_CODES: tuple[tuple[type[exceptions.APIException], str], ...] = (
     (exceptions.NotAuthenticated, "unauthenticated"),

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from channels.testing import HttpCommunicator
+from django.contrib.auth.models import User
 
 from assistant import threads
 from assistant.threads import Room, waited
 from config import handler
 from config.asgi import application
+from conversations import consumers, limits
+from conversations.models import Conversation
 from conversations.turn import turn_refused
+from tests.conversations.test_socket import Chat
+from tests.conversations.test_sockets_auth import Bare
 
 
 async def test_a_place_that_is_given_back_goes_to_who_waits() -> None:
@@ -110,3 +117,60 @@ async def _asked(method: str, path: str) -> Any:
     reply = await asked.get_response(5)
     await asked.wait()
     return reply
+
+
+# --- Sockets -------------------------------------------------------------------------------------
+
+#: To say no in, with the rest of ten handshakes on a busy machine.
+NO_WITHIN_S = 0.3 + 0.7
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_crowd_of_connects_hears_no_at_once_and_why(
+    ana: User, cookie_of: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(consumers, "room", Room(places=0, patience_s=0.05))
+    scopes: list[str] = []
+
+    def count(scope: str, **_: Any) -> None:
+        scopes.append(scope)
+
+    limits.refused.connect(count)
+    cookie = await sync_to_async(cookie_of)(ana)
+    conversation = await Conversation.objects.acreate(user=ana)
+    began = time.monotonic()
+    told = await asyncio.gather(*(_refused(Chat(conversation, cookie)) for _ in range(10)))
+    assert time.monotonic() - began < NO_WITHIN_S
+    error = {"code": "overloaded", "retry_after_s": 2.0}
+    assert [(frame["type"], code) for frame, code in told] == [("error", 1013)] * 10
+    assert all(error.items() <= frame["error"].items() for frame, _ in told)
+    assert scopes == ["requests"] * 10
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_an_open_socket_holds_no_place(ana: User, cookie_of: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(consumers, "room", Room(places=1, patience_s=2))
+    cookie = await sync_to_async(cookie_of)(ana)
+    conversation = await Conversation.objects.acreate(user=ana)
+    async with Chat(conversation, cookie) as one, Chat(conversation, cookie) as two:
+        for chat in (one, two):
+            await chat.send(type="ping")
+            assert (await chat.next())["type"] == "pong"
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_socket_that_says_nobodys_token_holds_no_place_meanwhile(
+    ana: User, cookie_of: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(consumers, "room", Room(places=1, patience_s=0.2))
+    cookie = await sync_to_async(cookie_of)(ana)
+    conversation = await Conversation.objects.acreate(user=ana)
+    async with Bare(conversation), Chat(conversation, cookie) as known:
+        await known.send(type="ping")
+        assert (await known.next())["type"] == "pong"
+
+
+async def _refused(chat: Chat) -> tuple[Any, int]:
+    """What is said, and the code that follows."""
+    async with chat:
+        return await chat.next(), await chat.closed()
