@@ -28,6 +28,7 @@ app.conf.beat_schedule = {
     "reap-stale-turns": {"task": "conversations.tasks.reap_stale_turns", "schedule": 30.0},
     # Staff are called for a hand-over even if the broker was away when it was opened.
     "announce-hand-overs": {"task": "conversations.tasks.announce_hand_overs", "schedule": 60.0},
+    "mail-hand-overs": _every("conversations.tasks.mail_hand_overs_together", 60.0),
     # A job whose worker died is noticed after 30 s, and one that no worker was told of.
     "revive-jobs": _every("monitoring.tasks.revive", 30.0),
     "watch-canary": _every("monitoring.tasks.watch_canary", 60.0),

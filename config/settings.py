@@ -744,6 +744,13 @@ ASSISTANT_HAND_OVER_EMAIL = env_list(
 for _address in ASSISTANT_HAND_OVER_EMAIL:
     if not re.fullmatch(r"[^\s@]+@[^\s@]+", _address):
         raise _bad("ASSISTANT_HAND_OVER_EMAIL", _address, "an address such as desk@example.com")
+# A mail every five minutes is read; a hundred an hour are filtered away.
+ASSISTANT_HAND_OVER_MAILS_PER_HOUR = env_whole(
+    "ASSISTANT_HAND_OVER_MAILS_PER_HOUR",
+    12,
+    "Mails about hand-overs an address gets in an hour; the rest are told of together.",
+    least=1,
+)
 # What users write stays in the house unless somebody decides otherwise.
 ASSISTANT_HAND_OVER_TEXT = env_flag(
     "ASSISTANT_HAND_OVER_TEXT",

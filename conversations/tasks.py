@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 #: while. After the last the queue in the admin is all that tells.
 HOOK_PAUSES_S = (5, 30, 120, 600, 1800)
 #: What a turn did not announce is announced later, unless it is a day old or there are very many.
-ITS_TURN_NEEDS, NEWS_FOR, MOST_ANNOUNCED = timedelta(seconds=30), timedelta(days=1), 100
+ITS_TURN_NEEDS, MOST_ANNOUNCED = timedelta(seconds=30), 100
 
 
 @shared_task  # type: ignore[untyped-decorator]
@@ -46,7 +46,9 @@ def announce_hand_overs() -> int:
     many."""
     now = timezone.now()
     rows = HandOver.objects.filter(status__in=HandOver.OPEN, announced_at=None)
-    missed = rows.filter(created_at__range=(now - NEWS_FOR, now - ITS_TURN_NEEDS))[:MOST_ANNOUNCED]
+    missed = rows.filter(created_at__range=(now - hooks.NEWS_FOR, now - ITS_TURN_NEEDS))[
+        :MOST_ANNOUNCED
+    ]
     for asked in missed:
         announce(asked)
     return len(missed)
@@ -62,6 +64,18 @@ def post_hand_over(self: Task, pk: int) -> None:
 def mail_hand_over(self: Task, pk: int) -> None:
     """Send the mail of that hand-over."""
     _deliver(self, pk, hooks.mail)
+
+
+@shared_task  # type: ignore[untyped-decorator]
+def mail_hand_overs_together() -> int:
+    """One mail about those that found no room for one of their own, or no server; how many."""
+    if not settings.ASSISTANT_HAND_OVER_EMAIL:
+        return 0
+    try:
+        return hooks.mail_together()
+    except hooks.NotDelivered as error:
+        log.warning("the mail about several hand-overs did not arrive: %s", error)
+        return 0
 
 
 def _deliver(task: Task, pk: int, send: Callable[[HandOver], None]) -> None:

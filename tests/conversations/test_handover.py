@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from celery.exceptions import Retry
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.core import mail
+from django.core.cache import caches
 from django.db import IntegrityError, connection, transaction
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -177,13 +178,14 @@ async def test_an_answer_written_again_asks_again_if_what_it_asked_for_had_ended
     message = await ask()
     asked = await HandOver.objects.aget()
     await sync_to_async(handover.close)(asked.pk)
+    await HandOver.objects.aupdate(mailed_at=timezone.now())
     await Message.objects.filter(pk=message.pk).aupdate(status="interrupted")
     caller = Caller(ana.pk, address="192.0.2.1")
     turn = await sync_to_async(Turn.retry)(caller, message.pk)
     await turn.result()
     again = await HandOver.objects.aget()
     assert (again.pk, again.status) == (asked.pk, "waiting")
-    assert again.created_at > asked.created_at
+    assert again.created_at > asked.created_at and again.mailed_at is None
 
 
 # --- Staff ---------------------------------------------------------------------------------------
@@ -519,11 +521,13 @@ async def test_a_new_hand_over_queues_both_hooks_once(ask, hooked, queued):
     await ask()
     await ask()
     pk = (await HandOver.objects.aget()).pk
+    async with asyncio.timeout(5):  # staff are called behind the answer
+        while (await HandOver.objects.aget()).announced_at is None:  # noqa: ASYNC110 - a row
+            await asyncio.sleep(0.01)
     assert queued == [
         ("conversations.tasks.post_hand_over", pk),
         ("conversations.tasks.mail_hand_over", pk),
     ]
-    assert (await HandOver.objects.aget()).announced_at is not None
 
 
 def test_what_its_turn_could_not_announce_is_announced_later_once(
@@ -655,6 +659,93 @@ def test_a_mail_server_that_is_away_is_tried_again(waiting, hooked, settings):
     settings.EMAIL_HOST, settings.EMAIL_PORT = "127.0.0.1", 1
     with pytest.raises(hooks.NotDelivered, match="ConnectionRefusedError"):
         hooks.mail(waiting)
+
+
+# --- Many mails ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowd(ana: User, hooked: None, settings: Any) -> Callable[[int], list[HandOver]]:
+    """So many more users who ask for a person, three mails an hour."""
+    settings.ASSISTANT_HAND_OVER_MAILS_PER_HOUR = 3
+
+    def come(count: int) -> list[HandOver]:
+        return [_asked(Conversation.objects.create(user=ana)) for _ in range(count)]
+
+    return come
+
+
+def _asked(conversation: Conversation) -> HandOver:
+    answer = Message.objects.create(conversation=conversation, seq=2, role="assistant")
+    return HandOver.objects.create(conversation=conversation, message=answer)
+
+
+def _minutes_pass(minutes: int) -> None:
+    for row in HandOver.objects.all():
+        row.created_at -= timedelta(minutes=minutes)
+        row.save()
+
+
+def test_a_crowd_gets_so_many_mails_an_hour_and_the_rest_are_told_of_in_one(crowd):
+    for asked in crowd(20):
+        tasks.mail_hand_over(asked.pk)
+    assert [letter.subject for letter in mail.outbox] == ["A person was asked for"] * 2
+    assert tasks.mail_hand_overs_together() == 0  # more may come
+    _minutes_pass(6)
+    assert tasks.mail_hand_overs_together() == 18
+    (letter,) = mail.outbox[2:]
+    assert letter.subject == "18 users asked for a person" and QUEUE in letter.body
+    assert tasks.mail_hand_overs_together() == 0 and len(mail.outbox) == 3
+
+
+def test_nothing_more_is_mailed_within_the_hour_and_nobody_is_forgotten(crowd):
+    for asked in crowd(4):
+        tasks.mail_hand_over(asked.pk)
+    _minutes_pass(6)
+    tasks.mail_hand_overs_together()
+    for asked in crowd(5):
+        tasks.mail_hand_over(asked.pk)
+    _minutes_pass(6)
+    assert tasks.mail_hand_overs_together() == 0 and len(mail.outbox) == 3
+    for cache in caches.all():  # all counts are of an hour, and it is over
+        cache.clear()
+    assert tasks.mail_hand_overs_together() == 5 and len(mail.outbox) == 4
+
+
+def test_who_got_an_answer_meanwhile_is_not_told_of(crowd):
+    for asked in crowd(5):
+        tasks.mail_hand_over(asked.pk)
+    held_back = HandOver.objects.filter(mailed_at=None)
+    for asked in held_back[1:]:
+        handover.close(asked.pk)
+    _minutes_pass(6)
+    assert tasks.mail_hand_overs_together() == 1
+    assert mail.outbox[-1].subject == "A person was asked for"
+
+
+def test_a_mail_that_did_not_arrive_takes_no_place_and_is_sent_later(crowd, monkeypatch):
+    def away(letter: Any) -> None:
+        raise ConnectionRefusedError
+
+    (asked,) = crowd(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(hooks.EmailMessage, "send", away)
+        for _ in range(5):
+            with pytest.raises(hooks.NotDelivered):
+                hooks.mail(asked)
+        _minutes_pass(6)
+        assert tasks.mail_hand_overs_together() == 0
+    assert hooks._mails_left() == 3
+    assert tasks.mail_hand_overs_together() == 1
+    tasks.mail_hand_over(asked.pk)  # its own next try
+    assert len(mail.outbox) == 1
+
+
+def test_without_an_address_nobody_is_mailed_together(crowd, settings):
+    settings.ASSISTANT_HAND_OVER_EMAIL = []
+    crowd(2)
+    _minutes_pass(6)
+    assert tasks.mail_hand_overs_together() == 0 and mail.outbox == []
 
 
 def test_a_broker_that_is_away_harms_nobody(caplog):
