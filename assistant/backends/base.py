@@ -66,7 +66,7 @@ class Backend(ABC):
 
     def count_tokens(self, text: str) -> int:
         """How much of the context ``text`` takes; the default is a safe over-estimate by bytes."""
-        return len(text.encode()) // 3 + 1
+        return len(text.encode(errors="surrogatepass")) // 3 + 1
 
     def context_tokens(self) -> int:
         """The largest prompt plus answer, in tokens."""

@@ -15,7 +15,12 @@ import random
 import ssl
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -32,6 +37,7 @@ from assistant.backends.openai_wire import (
     clean,
     error_of,
     failure,
+    names_of,
     pieces_of,
     retry_after,
 )
@@ -102,6 +108,29 @@ class OpenAIBackend(Backend):
                 "The larger model needs a name (ASSISTANT_UPSTREAM_MODEL) and a key of plain "
                 "characters (OPENAI_API_KEY)."
             )
+
+    async def models(self) -> tuple[str, ...]:
+        """Names of the models that the server says it has; empty where it has no such list.
+
+        Nobody's words leave, no model is asked and no budget spent. Raises: ModelUnavailable,
+        UpstreamFailed.
+        """
+        self.check()
+        options: Options = self.options
+        clock = Clock(options.first_byte_s, options.idle_s, options.total_s)
+        url = f"{options.base_url.rstrip('/')}/models"
+        try:
+            async with self._client() as client, self._answered(client, url, clock) as response:
+                status = response.status_code
+                if 300 <= status < 400:
+                    raise failure("redirect")
+                if status in {404, 405}:
+                    return ()
+                if status != 200:
+                    raise await self._told(response, clock)
+                return await names_of(response, clock, self.options.max_bytes)
+        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as error:
+            raise failure(cause_of(error)) from error
 
     async def _admit(self, params: Params) -> None:
         """Called before each call to the server. Raises: AssistantError, and none is made."""
@@ -258,12 +287,18 @@ class OpenAIBackend(Backend):
     def _certificates(self) -> ssl.SSLContext:
         return httpx2.create_ssl_context()  # of the system, or SSL_CERT_FILE
 
-    @asynccontextmanager
-    async def _opened(
+    def _opened(
         self, client: httpx2.AsyncClient, body: dict[str, Any], clock: Clock
-    ) -> AsyncIterator[httpx2.Response]:
+    ) -> AbstractAsyncContextManager[httpx2.Response]:
         url = f"{self.options.base_url.rstrip('/')}/chat/completions"
-        request = client.build_request("POST", url, json=body)
+        return self._answered(client, url, clock, body)
+
+    @asynccontextmanager
+    async def _answered(
+        self, client: httpx2.AsyncClient, url: str, clock: Clock, body: dict[str, Any] | None = None
+    ) -> AsyncIterator[httpx2.Response]:
+        """The response, as far as its headers; to a GET where there is no body."""
+        request = client.build_request("GET" if body is None else "POST", url, json=body)
         async with clock.within("first_byte"):
             response = await client.send(request, stream=True)
         try:

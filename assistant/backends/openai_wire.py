@@ -178,6 +178,20 @@ async def error_of(response: httpx2.Response, clock: Clock) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
+async def names_of(response: httpx2.Response, clock: Clock, most_bytes: int) -> tuple[str, ...]:
+    """The ids of a list of models, read within bounds. Raises: UpstreamFailed if it is none."""
+    body = b""
+    async with clock.within("first_byte"):
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > most_bytes:
+                raise failure("too_large")
+    try:
+        return tuple(str(entry["id"]) for entry in json.loads(body)["data"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise failure("bad_event", "no list of models") from None
+
+
 def retry_after(headers: httpx2.Headers) -> float | None:
     """Seconds to wait, 0 to an hour, if the server says so in any of the usual ways."""
     value, millis = headers.get("retry-after", ""), headers.get("retry-after-ms", "")

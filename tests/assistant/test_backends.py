@@ -22,6 +22,7 @@ import pytest
 
 from assistant import backends
 from assistant.backends import onnx
+from assistant.backends import openai as remote
 from assistant.backends.base import Backend
 from assistant.backends.echo import EchoBackend
 from assistant.backends.line import held_back
@@ -41,6 +42,8 @@ from conversations.history import TOKENS_PER_MESSAGE
 from fallback import router
 from fallback.answers import Known
 from fallback.policy import Policy
+from fallback.upstream import UpstreamBackend
+from tests.fallback.stand_in_upstream import StandIn, standing_in
 
 PATIENCE_S = 20
 QUESTION = [Message("user", "how do I cancel my order?")]
@@ -72,9 +75,30 @@ def make_onnx(tiny_model: Path) -> Iterator[MakeOnnx]:
         backend.close()
 
 
-@pytest.fixture(params=["echo", "onnx"])
+@pytest.fixture(scope="session")
+def server_elsewhere() -> Iterator[StandIn]:
+    with standing_in() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def larger(server_elsewhere: StandIn, settings: Any) -> UpstreamBackend:
+    """The larger model elsewhere, free for all."""
+    server_elsewhere.forget()
+    free = {"CALLS_PER_DAY": 10_000, "CALLS_PER_USER_DAY": 10_000, "CONSENT": "all"}
+    settings.ASSISTANT = {**settings.ASSISTANT, "UPSTREAM": free}
+    options = remote.Options(
+        server_elsewhere.url("able"), "big", "key", context_tokens=1024, first_byte_s=PATIENCE_S
+    )
+    return UpstreamBackend("upstream", options)
+
+
+@pytest.fixture(params=["echo", "onnx", "upstream"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend in turn."""
+    if request.param == "upstream":
+        larger: UpstreamBackend = request.getfixturevalue("larger")
+        return larger
     if request.param == "echo":
         return EchoBackend("echo", EchoBackend.Options(delay_s=0.0005, words=60))
     shared: OnnxBackend = request.getfixturevalue("shared_onnx")
@@ -141,7 +165,9 @@ async def test_answers_written_at_the_same_time_do_not_mix(backend: Backend) -> 
     assert [text_of(events) for events in together] == alone * 2
 
 
-async def test_a_reader_who_leaves_stops_the_work(backend: Backend) -> None:
+async def test_a_reader_who_leaves_stops_the_work(
+    backend: Backend, server_elsewhere: StandIn
+) -> None:
     stream: Any = backend.stream(QUESTION, Params(max_new_tokens=900))
     async for event in stream:
         if isinstance(event, Delta):
@@ -151,10 +177,12 @@ async def test_a_reader_who_leaves_stops_the_work(backend: Backend) -> None:
         engine = backend.engine
         await until(lambda: engine.stats().running == engine.stats().waiting == 0)
         assert engine.stats().cancelled >= 1
+    if isinstance(backend, UpstreamBackend):
+        await until(lambda: server_elsewhere.gone == 1)
     assert len(await events_of(backend)) > 2, "the next reader is served"
 
 
-async def test_a_cancelled_task_stops_the_work(backend: Backend) -> None:
+async def test_a_cancelled_task_stops_the_work(backend: Backend, server_elsewhere: StandIn) -> None:
     begun = asyncio.Event()
 
     async def read() -> None:
@@ -169,6 +197,8 @@ async def test_a_cancelled_task_stops_the_work(backend: Backend) -> None:
     if isinstance(backend, OnnxBackend):
         engine = backend.engine
         await until(lambda: engine.stats().running == engine.stats().waiting == 0)
+    if isinstance(backend, UpstreamBackend):
+        await until(lambda: server_elsewhere.gone == 1)
 
 
 async def test_control_pieces_typed_by_a_user_are_only_text(backend: Backend) -> None:

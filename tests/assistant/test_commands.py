@@ -35,8 +35,10 @@ from assistant.backends.echo import EchoBackend
 from assistant.benchmark.peers import Peer
 from assistant.benchmark.workloads import WORKLOADS
 from assistant.engine.manifest import Manifest
+from assistant.management.commands import doctor
 from assistant.types import Delta, Event, Message, Params, Started
 from tests.conftest import ROOT, free_port
+from tests.fallback.stand_in_upstream import StandIn, standing_in
 
 OWN = (
     "bench", "build_model", "chat", "demo", "doctor", "evaluate", "issue_token", "train_model"
@@ -355,6 +357,38 @@ def test_doctor_says_what_to_do_about_a_taken_port(tiny_settings: Any) -> None:
         port = taken.getsockname()[1]
         written = said("doctor", "--port", str(port))
     assert re.search(rf"note +port +{port} is taken\n +-> .*demo --port", written)
+
+
+@pytest.fixture(scope="module")
+def larger_server() -> Iterator[StandIn]:
+    with standing_in() as stand_in:
+        yield stand_in
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("mode", "model", "state", "told"),
+    [
+        ("good", "big", "ok", "big, "),
+        ("good", "bigger", "note", "the server does not list bigger"),
+        ("none", "big", "ok", "it does not tell which models it has"),
+        ("refused", "big", "broken", "it refused the request"),
+        ("", "big", "broken", "it cannot be reached"),
+    ],
+)
+def test_doctor_asks_the_server_of_the_larger_model(
+    tiny_settings: Any, larger_server: StandIn, mode: str, model: str, state: str, told: str
+) -> None:
+    larger_server.forget()
+    url = larger_server.url(mode) if mode else f"http://127.0.0.1:{free_port()}/v1"
+    options = {"base_url": url, "api_key": "sk-canary-7", "model": model}
+    entry = {"BACKEND": "fallback.upstream.UpstreamBackend", "OPTIONS": options}
+    known = {**tiny_settings.ASSISTANT["BACKENDS"], "upstream": entry}
+    tiny_settings.ASSISTANT = {**tiny_settings.ASSISTANT, "BACKENDS": known}
+    found = {finding.what: finding for finding in doctor.findings(free_port())}["upstream"]
+    assert (found.state, told in found.detail) == (state, True), found
+    assert bool(found.mend) == (state != "ok")
+    assert larger_server.calls == [] and "canary" not in f"{found}"
 
 
 # -- evaluate ------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import contextlib
 import datetime
 import ipaddress
 import json
+import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from tests.conftest import free_port
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 WORDS = ("Of ", "course", ", ", "gladly", ".")
+ABLE = ("order", "refund", "invoice", "account", "delivery", "address", "payment", "review")
+#: What is asked in this call.
+_asked: ContextVar[dict[str, Any]] = ContextVar("asked")
 #: How each mode ends for a client; the eleven of reliability's F26 but DNS, which has no server.
 CAUSES = {
     "error_500": "status",
@@ -48,6 +53,7 @@ class StandIn:
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     pause_s: float = 0.0
+    models: tuple[str, ...] = ("big", "small")
     say: tuple[str, ...] = WORDS
     gone: int = 0  # clients who left in the middle
     release: threading.Event = field(default_factory=threading.Event)
@@ -67,7 +73,11 @@ class StandIn:
             return
         mode, rest = scope["path"].strip("/").split("/", 1)
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
-        self.calls.append(json.loads(await _body(receive)))
+        if scope["method"] == "GET":
+            assert rest == "v1/models", rest
+            return await getattr(self, f"_models_{mode}")(send)
+        _asked.set(json.loads(await _body(receive)))
+        self.calls.append(_asked.get())
         assert rest == "v1/chat/completions", rest
         answer = asyncio.create_task(getattr(self, f"_{mode}")(send))
         left = asyncio.create_task(_until_left(receive))
@@ -91,6 +101,46 @@ class StandIn:
 
     async def _good(self, send: Send) -> None:
         await self._events(send, self.say)
+
+    async def _able(self, send: Send) -> None:
+        """As a real model: the same words to the same question, up to the limit that was set."""
+        body = _asked.get()
+        words = random.Random(body["messages"][-1]["content"])
+        await _head(send, 200, "text/event-stream")
+        for _ in range(body["max_tokens"]):
+            await _event(send, {"content": f"{words.choice(ABLE)} "})
+            await asyncio.sleep(0.0005)
+        await _event(send, {}, finish="length")
+        read = sum(len(message["content"].split()) for message in body["messages"])
+        usage = {"prompt_tokens": read, "completion_tokens": body["max_tokens"]}
+        await _data(send, {"choices": [], "usage": usage})
+        await _chunk(send, b"data: [DONE]\n\n", more=False)
+
+    # -- its list of models
+
+    async def _models_good(self, send: Send) -> None:
+        await _head(send, 200, "application/json")
+        told = {"object": "list", "data": [{"id": name} for name in self.models]}
+        await _chunk(send, json.dumps(told).encode(), more=False)
+
+    async def _models_none(self, send: Send) -> None:
+        await _error(send, 404, "not_found")
+
+    async def _models_refused(self, send: Send) -> None:
+        await _error(send, 401, "invalid_api_key")
+
+    async def _models_html(self, send: Send) -> None:
+        await self._html(send)
+
+    async def _models_elsewhere(self, send: Send) -> None:
+        await self._elsewhere(send)
+
+    async def _models_hang(self, send: Send) -> None:
+        await asyncio.sleep(2)
+
+    async def _models_huge(self, send: Send) -> None:
+        await _head(send, 200, "application/json")
+        await _chunk(send, b"[" * (2 << 20), more=False)
 
     async def _error_500(self, send: Send) -> None:
         await _error(send, 500, "server_error")

@@ -519,3 +519,30 @@ async def test_it_is_found_by_its_alias(server: StandIn, settings: Any) -> None:
     settings.ASSISTANT = {**settings.ASSISTANT, "BACKENDS": {"upstream": entry}}
     backend: Any = backends.get("upstream")
     assert text_of(await events_of(backend)) == "".join(WORDS)
+
+
+# -- the list of models ----------------------------------------------------------------------------
+
+
+async def test_the_models_are_listed_without_a_word_of_anybody(make: Make, server: StandIn) -> None:
+    assert await make().models() == ("big", "small")
+    assert await make("none").models() == ()
+    assert server.calls == [] and budget.left_for_all() == 1_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "cause"),
+    [
+        ("refused", "refused"),
+        ("html", "bad_event"),
+        ("elsewhere", "redirect"),
+        ("hang", "first_byte"),
+        ("huge", "too_large"),
+    ],
+)
+async def test_each_way_a_list_of_models_fails_has_its_cause(
+    make: Make, mode: str, cause: str
+) -> None:
+    with pytest.raises(UpstreamFailed) as caught:
+        await make(mode).models()
+    assert caught.value.cause == cause

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 
@@ -29,7 +30,8 @@ class Finding:
 
 class Command(BaseCommand):
     help = (
-        "Check settings, model files, Redis, database, migrations and the port. Exit 1 if broken."
+        "Check settings, model files, Redis, database, migrations, the larger model if one is set, "
+        "and the port. Exit 1 if broken."
     )
     requires_system_checks = ()
 
@@ -64,6 +66,7 @@ def findings(port: int) -> Iterator[Finding]:
         ("migrations", _migrations),
         ("cache", _cache),
         ("model", _model),
+        ("upstream", _upstream),
         ("port", lambda: _port(port)),
     )
     for what, check in checks:
@@ -76,6 +79,7 @@ def findings(port: int) -> Iterator[Finding]:
 _MEND = {
     "database": "Is the server running? DATABASE_URL unset means SQLite in the data folder.",
     "migrations": "python manage.py migrate",
+    "upstream": "See OPENAI_BASE_URL, OPENAI_API_KEY and ASSISTANT_UPSTREAM_MODEL.",
     "cache": "Is Redis running at REDIS_URL? Unset it to use the memory of one process.",
 }
 
@@ -165,6 +169,28 @@ def _model() -> Finding:
         f"{manifest.name} {manifest.version}, {manifest.quant}, {size:.1f} MB, "
         f"checked and started in {took:.1f} s",
     )  # fmt: skip
+
+
+def _upstream() -> Finding:
+    """Whether the larger model's server can be reached and knows the model; no words are sent."""
+    from assistant import backends
+    from assistant.backends.openai import OpenAIBackend
+
+    if "upstream" not in settings.ASSISTANT["BACKENDS"]:
+        return Finding("upstream", "ok", "no larger model is set")
+    backend = backends.get("upstream")
+    assert isinstance(backend, OpenAIBackend)
+    began, wanted = time.perf_counter(), backend.options.model
+    names = async_to_sync(backend.models)()
+    took = f"{(time.perf_counter() - began) * 1000:.0f} ms"
+    if wanted in names:
+        return Finding("upstream", "ok", f"{wanted}, {took}")
+    if names:
+        return Finding(
+            "upstream", "note", f"the server does not list {wanted}, {took}",
+            f"It has {', '.join(names[:5])}: set ASSISTANT_UPSTREAM_MODEL, unless it is an alias.",
+        )  # fmt: skip
+    return Finding("upstream", "ok", f"reached, {took}; it does not tell which models it has")
 
 
 def _folder(of_settings: str) -> tuple[str, str]:
