@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from django.core.cache import BaseCache, caches
+from django.dispatch import Signal
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 #: How long a cache that failed is left alone. Back within 5 s of its return (reliability F5).
 REST_S = 4.0
+
+#: Sent each time the cache failed to do what it was asked, with ``error``: what it raised, by name.
+failed = Signal()
 
 _away_until = 0.0
 
@@ -38,6 +42,7 @@ def ask(operation: Callable[[BaseCache], T]) -> T:
     except Exception as error:  # any of redis-py's and django-redis'; a helper must not stop us
         _away_until = time.monotonic() + REST_S
         log.warning("the cache is away: %s", type(error).__name__)
+        failed.send_robust(sender=Away, error=type(error).__name__)
         raise Away from error
 
 

@@ -22,7 +22,7 @@ from assistant.errors import AssistantError
 from conversations import limits, turn
 from conversations.models import Feedback, Message
 from conversations.turn import TurnRecord
-from fallback import router
+from fallback import router, shared
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,10 @@ CACHE = Counter(
     "Looks for an answer that is kept: to the same question, or to one that means the same.",
     ["kind", "result"],
 )
+CACHE_ERRORS = Counter(
+    "assistant_cache_errors",
+    "Calls of the shared cache that failed; each is followed by seconds in which nobody asks it.",
+)
 LIMITED = Counter("assistant_ratelimited", "Refusals, by the limit that was reached.", ["scope"])
 FEEDBACK = Counter("assistant_feedback", "Judgements of answers by their readers.", ["value"])
 
@@ -288,6 +292,12 @@ LAST_SUCCESS = Gauge(
     ["job"],
     multiprocess_mode="livemostrecent",
 )
+MODEL_PROBLEM = Gauge(
+    "assistant_model_problem",
+    "1 for a backend with a version that should answer but cannot be loaded here.",
+    ["backend"],
+    multiprocess_mode="livemax",
+)
 READ_ERRORS = Counter(
     "assistant_metrics_errors", "Figures that could not be read for this page.", ["source"]
 )
@@ -402,6 +412,10 @@ def count_task(*, sender: Any, state: str | None, **_: Any) -> None:
     TASKS.labels(sender.name, "ok" if state == "SUCCESS" else "error").inc()
 
 
+def count_cache_error(**_: Any) -> None:
+    CACHE_ERRORS.inc()
+
+
 def connect() -> None:
     """Listen, from now on; any number of times."""
     first_values()
@@ -410,6 +424,7 @@ def connect() -> None:
         (turn.turn_refused, count_refused_turn),
         (limits.refused, count_refusal),
         (router.looked_up, count_lookup),
+        (shared.failed, count_cache_error),
     ):
         signal.connect(receiver, dispatch_uid=f"metrics-{receiver.__name__}")
     post_save.connect(count_feedback, sender=Feedback, dispatch_uid="metrics-count_feedback")

@@ -94,6 +94,7 @@ def _read_engines() -> None:
     counted = _turns_elsewhere()
     loaded: set[tuple[str, ...]] = set()
     for alias, backend in backends.built().items():
+        metrics.MODEL_PROBLEM.labels(alias).set(bool(backend.problem()))
         for engine in backend.engines():
             if engine.manifest is None:
                 continue

@@ -147,6 +147,11 @@ class OnnxBackend(Backend):
                 raise ModelUnavailable(str(error)) from error
             except ValueError as error:
                 raise ModelUnavailable(f"The engine's settings do not fit: {error}.") from error
+            except Exception as error:  # the runtime's own, of a graph that it cannot read
+                raise ModelUnavailable(
+                    f"The model in {self.options.model_dir} cannot be loaded "
+                    f"({type(error).__name__}). Build it again: manage.py build_model."
+                ) from error
             self._engine = engine
         assert engine.codec is not None and engine.manifest is not None
         return _Ready(engine, engine.codec, engine.manifest)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from django.db import connection
 
@@ -19,10 +22,15 @@ from assistant import backends, registry
 from assistant.backends import versioned
 from assistant.backends.onnx import OnnxBackend, Options
 from assistant.backends.versioned import VersionedBackend
+from assistant.engine.manifest import Manifest, ManifestError, describe_files
 from assistant.errors import GenerationFailed, ModelUnavailable
 from assistant.modelkit.build import build_random
 from assistant.models import ModelVersion
 from assistant.types import Delta, Event, Finished, Message, Params, Started
+from fallback import router
+from fallback.answers import Known
+from fallback.rules import RuleText
+from monitoring import metrics, reading
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -214,6 +222,99 @@ async def test_a_version_that_cannot_be_loaded_changes_nothing_but_what_is_told(
     assert sum("tiny@1 cannot be loaded" in r.message for r in caplog.records) == 1
     await in_thread(lambda: registry.roll_back(why="it does not load"))
     await until(lambda: not backend.problem())
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_a_bit_flipped(folder: Path) -> None:
+    raw = bytearray((folder / "model.onnx").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(raw)
+
+
+def emptied(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"")
+
+
+def of_another_opset(folder: Path) -> None:
+    """With a manifest that vouches for it."""
+    model = onnx.load(folder / "model.onnx")
+    for opset in model.opset_import:
+        opset.version = 99
+    onnx.save(model, folder / "model.onnx")
+    told = json.loads((folder / "model.json").read_text())
+    files = describe_files(folder, tuple(told["files"]))
+    told["files"] = {name: asdict(entry) for name, entry in files.items()}
+    (folder / "model.json").write_text(json.dumps(told))
+
+
+def without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+DAMAGES = (truncated, with_a_bit_flipped, emptied, of_another_opset, without_a_tokenizer)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_damaged_version_is_refused_and_told_and_the_one_before_answers(
+    backend, folders, tmp_path, damage
+) -> None:
+    """Fault F15, under a server that runs."""
+    assert await model_of(backend) == "tiny@0"
+    folder = shutil.copytree(folders["1"], tmp_path / "damaged")
+    version = await in_thread(registry.register, folder)
+    damage(folder)
+    await in_thread(lambda: registry.move(version, "active", why="test", forced=True))
+    await until(lambda: "tiny@1" in backend.problem())
+    assert await model_of(backend) == "tiny@0"
+    reading.read()
+    assert metrics.MODEL_PROBLEM.labels("model")._value.get() == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_server_whose_only_model_is_damaged_answers_by_rules_and_tries_seldom(
+    backend, folders, tmp_path, damage, monkeypatch
+) -> None:
+    """Fault F15, at start-up: no loop, no error for the user."""
+    folder = shutil.copytree(folders["1"], tmp_path / "damaged")
+    damage(folder)
+    backend.options = replace(backend.options, model_dir=str(folder))
+    tries: list[float] = []
+    ready = OnnxBackend._ready
+    monkeypatch.setattr(
+        OnnxBackend, "_ready", lambda self: tries.append(time.monotonic()) or ready(self)
+    )
+    rule = RuleText("cancel", ("cancel my order",), "Open My Orders.")
+    ask = router.Ask(tuple(QUESTION), Params(), Known((rule,), {}))
+    for _ in range(10):
+        events = [event async for event in router.route(ask)]
+        assert [event.text for event in events if isinstance(event, Delta)] == ["Open My Orders."]
+        assert events[0] == router.Routed("rules", events[0].reason)
+        assert events[0].reason in ("error", "breaker_open")
+    assert len(tries) <= 5, "the breaker opens, and nothing is loaded for every question"
+
+
+def test_a_file_is_refused_by_its_hash_within_two_seconds_a_gigabyte(folders, tmp_path) -> None:
+    """Fault F15, with a file of an eighth of that; the fastest of three, beside whatever runs."""
+    folder = shutil.copytree(folders["1"], tmp_path / "large")
+    (folder / "model.onnx").write_bytes(os.urandom(1 << 20) * 128)
+    files = describe_files(folder, ("model.onnx", "tokenizer.json"))
+    told = json.loads((folder / "model.json").read_text())
+    told["files"] = {name: asdict(entry) for name, entry in files.items()}
+    (folder / "model.json").write_text(json.dumps(told))
+    with (folder / "model.onnx").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    took: list[float] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with pytest.raises(ManifestError, match="was altered"):
+            Manifest.load(folder)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 2.0 / 8
 
 
 async def test_a_folder_that_holds_another_model_than_was_registered_is_refused(

@@ -20,8 +20,11 @@ from assistant.backends.openai import OpenAIBackend, Options
 from assistant.errors import AssistantError, ModelUnavailable, Overloaded, UpstreamFailed
 from assistant.redaction import Filler, redact
 from assistant.types import Delta, Event, Finished, Message, Params, Started, Usage
-from fallback import budget, shared
+from fallback import budget, router, shared
+from fallback.answers import Known
 from fallback.budget import BudgetSpent
+from fallback.policy import Policy
+from fallback.rules import RuleText
 from fallback.upstream import NoConsent, UpstreamBackend, consents
 from tests.fallback.stand_in_upstream import CAUSES, WORDS, StandIn, standing_in
 
@@ -200,6 +203,52 @@ async def test_each_way_to_fail_has_its_cause(
     assert "secret" not in failed.message and "order" not in failed.message
 
 
+def test_patience_is_five_seconds_ten_between_words_and_a_minute_in_all() -> None:
+    """Fault F26's figures, which tests shorten."""
+    options = Options("https://api.example.com/v1", "big")
+    assert (options.first_byte_s, options.idle_s, options.total_s) == (5.0, 10.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "patience", "cause", "least"),
+    [
+        ("hang", {"first_byte_s": 0.6}, "first_byte", 0.6),
+        ("hang_after_headers", {"first_byte_s": 0.6}, "first_byte", 0.6),
+        ("trickle", {"idle_s": 0.4}, "idle", 0.4),
+        ("trickle", {"idle_s": 2.0, "total_s": 1.5}, "total", 1.5),
+    ],
+)
+async def test_each_patience_ends_when_it_says_and_not_a_word_comes_twice(
+    make: Make, server: StandIn, mode: str, patience: dict[str, float], cause: str, least: float
+) -> None:
+    server.pause_s = 1.0
+    begun = time.monotonic()
+    failed, shown = await failure_of(make(mode, **patience))
+    assert failed.cause == cause
+    assert least - 0.05 <= time.monotonic() - begun < least + 0.7
+    assert "".join(WORDS).startswith(shown) and len(server.calls) == 1
+
+
+@pytest.mark.parametrize("mode", CAUSES)
+async def test_a_question_is_answered_however_the_larger_model_fails(
+    make: Make, server: StandIn, monkeypatch: Any, mode: str
+) -> None:
+    """Fault F26 as a user meets it: another answers, marked if words were shown before."""
+    server.pause_s = 1.0 if mode == "trickle" else 0.0
+    larger = make(mode)
+    monkeypatch.setattr(router.backends, "get", lambda alias: larger)
+    steps = Policy(("upstream", "rules", "human"), 0.0, 60.0)
+    rule = RuleText("cancel", ("cancel my order",), "Open My Orders.")
+    ask = router.Ask(tuple(QUESTION), Params(), Known((rule,), {}, policy=steps))
+    begun = time.monotonic()
+    events: list[Any] = [event async for event in router.route(ask)]
+    assert time.monotonic() - begun < 2.0
+    said = text_of(events)
+    shown = {"trickle": "Of ", "cut": "Of course"}.get(mode, "")
+    assert said == (f"{shown}{router.INTERRUPTED}Open My Orders." if shown else "Open My Orders.")
+    assert isinstance(events[-1], Finished)
+
+
 async def test_a_certificate_nobody_trusts_is_not_accepted(make: Make, tmp_path: Path) -> None:
     with standing_in(tmp_path) as secret:
         failed, _ = await failure_of(make(base_url=secret.url(), connect_s=2.0, first_byte_s=3.0))
@@ -288,6 +337,7 @@ async def test_over_time_less_than_a_tenth_is_tried_again(make: Make, server: St
     for _ in range(100):
         await failure_of(backend)
     assert 105 <= len(server.calls) <= 110
+    assert (len(server.calls) - 100) / len(server.calls) <= 0.1
 
 
 async def test_what_was_shown_is_never_repeated(make: Make, server: StandIn) -> None:

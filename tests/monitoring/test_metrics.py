@@ -23,9 +23,11 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from assistant.engine.worker import EngineStats
+from conversations import limits, turn
 from conversations.limits import Caller
 from conversations.models import Conversation
 from conversations.turn import Turn, TurnRecord
+from fallback import router, shared
 from monitoring import metrics, reading
 from monitoring.metrics import Distribution, count_turn
 from monitoring.page import KEPT_S, MOST_FORMATS, Page, bury_the_dead, page
@@ -326,6 +328,42 @@ def test_an_error_in_the_counting_reaches_no_user(api, asked, monkeypatch):
     assert answer.status_code == 200 and answer.json()["text"]
     path = f"/api/v1/messages/{answer.json()['id']}/feedback/"
     assert api("POST", path, {"value": "up"}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["hello", "/echo fail=overloaded cancel my order"])
+def test_every_observer_may_break_at_once_and_no_answer_is_another(asked, monkeypatch, text):
+    """Fault F37: metrics, drift's rollups, shadow, logs, traces."""
+    told = ("text", "status", "route", "degraded_reason")
+    before = {name: asked(text).json()[name] for name in told}
+    calls: list[str] = []
+
+    def breaking(key: Any) -> Any:
+        def broken(**_: Any) -> None:
+            calls.append(str(key))
+            raise RuntimeError("a bug")
+
+        return key, broken, False
+
+    for sent in (turn.turn_finished, turn.turn_refused, router.looked_up, limits.refused):
+        monkeypatch.setattr(sent, "receivers", [breaking(key) for key, *_ in sent.receivers])
+    answer = asked(text)
+    assert answer.status_code == 200
+    assert {name: answer.json()[name] for name in told} == before
+    assert len(set(calls)) >= 5, "all of them were told"
+
+
+def test_a_cache_that_fails_is_seen_at_the_next_scrape(settings, counted):
+    settings.ASSISTANT_METRICS_TOKEN = TOKEN
+
+    def full(_: Any) -> None:
+        raise OSError("OOM command not allowed")
+
+    for _ in range(3):
+        with pytest.raises(shared.Away):
+            shared.ask(full)
+    assert counted("assistant_cache_errors_total") == 1, "left alone for a while after the first"
+    page = get(authorization=f"Bearer {TOKEN}").content.decode()
+    assert re.search(r"^assistant_cache_errors_total [1-9]", page, re.MULTILINE)
 
 
 # --- Who may look --------------------------------------------------------------------------------

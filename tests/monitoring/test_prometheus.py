@@ -26,6 +26,7 @@ FOREIGN = {"up", "process_resident_memory_bytes"}
 NAMES = {
     *("AssistantDown", "AssistantHighErrorRatio", "AssistantSlowFirstToken"),
     *("AssistantQueueSaturated", "AssistantCircuitOpen", "AssistantFallbackRatioHigh"),
+    *("AssistantCacheAway", "AssistantModelNotLoaded"),
     *("AssistantEvaluationRegressed", "AssistantDriftHigh", "AssistantJobStale"),
 }
 
