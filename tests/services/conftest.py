@@ -89,6 +89,12 @@ class Redis:
     def hang(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
+    def fill(self) -> None:
+        """From now on it refuses every write."""
+        with self.client() as client:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", "1mb")
+
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[Redis]:
@@ -170,13 +176,15 @@ def _connects(url: str) -> bool:
 
 # -- the product on top of them ------------------------------------------------------------------
 
-_PREPARE = """
+#: What ana says to sign in.
+SIGN_IN = {"username": "ana", "password": "a word for a test"}
+_PREPARE = f"""
 import django
 django.setup()
 from django.contrib.auth.models import User
 from django.core.management import call_command
 call_command("migrate", verbosity=0)
-User.objects.filter(username="ana").exists() or User.objects.create_user("ana")
+User.objects.filter(username="ana").exists() or User.objects.create_user(**{SIGN_IN})
 call_command("issue_token", "ana")
 """
 

@@ -58,13 +58,7 @@ def another_process() -> None:
     caches["local"].clear()
 
 
-def fill(redis: Redis) -> None:
-    with redis.client() as client:
-        client.config_set("maxmemory-policy", "noeviction")
-        client.config_set("maxmemory", "1mb")
-
-
-ENDS = pytest.mark.parametrize("end", [Redis.kill, Redis.hang, fill])
+ENDS = pytest.mark.parametrize("end", [Redis.kill, Redis.hang, Redis.fill])
 
 
 def test_processes_count_requests_together(on_redis):

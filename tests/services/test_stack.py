@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,15 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.conftest import ROOT, free_port, serving
-from tests.services.conftest import Redis, Stack, manage, prepare, stacked, wait_until
+from tests.services.conftest import (
+    SIGN_IN,
+    Redis,
+    Stack,
+    manage,
+    prepare,
+    stacked,
+    wait_until,
+)
 
 TURN_S = 3.0
 
@@ -209,6 +220,99 @@ def test_the_chat_goes_on_without_redis(
         finally:
             again.kill()
     assert "Traceback" not in stack.server.log.read_text()
+
+
+#: Faults F5, F6 and F7: which share of turns may take how much longer than with Redis, in seconds.
+LONGER = [(Redis.kill, 0.95, 0.05), (Redis.hang, 0.99, 0.25), (Redis.fill, 0.95, 0.05)]
+LAG_S, BACK_WITHIN_S = 0.05, 5.0
+METRICS_TOKEN = "a token for the page of metrics"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("end", "share", "longer_s"), LONGER)
+def test_without_redis_turns_take_hardly_longer_and_none_is_lost(
+    end: Any, share: float, longer_s: float, redis: Redis, postgres: str, tmp_path: Path
+) -> None:
+    settings = {"ASSISTANT_RATE": "4000/h", "ASSISTANT_METRICS_TOKEN": METRICS_TOKEN}
+    with (
+        stacked(tmp_path, redis, postgres, **settings) as stack,
+        Client(stack.server.http, stack.token) as client,
+    ):
+        before = [timed(client, f"before {at}") for at in range(100)]
+        assert _cache_errors(stack) == 0
+        end(redis)
+        with _pinged(stack, client) as lags:
+            after = [timed(client, f"after {at}") for at in range(200)]
+        assert {status for status, _ in (*before, *after)} == {200}
+        added = _quantile(after, share) - _quantile(before, share)
+        lag = sorted(lags)[int(len(lags) * 0.99)]
+        assert _cache_errors(stack) >= 1, "seen at the first scrape"
+        assert _signs_in(stack), "logins still work"
+        _comes_back(redis, client)
+    with psycopg.connect(stack.database_url) as database:
+        query = "SELECT count(*) FROM conversations_message WHERE conversation_id = %s"
+        (kept,) = database.execute(query + " AND status = 'complete'", [client.id]).fetchone()  # type: ignore[misc]
+    assert kept >= 2 * (len(before) + len(after)), "questions and answers"
+    assert (added <= longer_s, lag <= LAG_S) == (True, True), (added, lag, len(lags))
+
+
+def _quantile(turns: list[tuple[int, float]], share: float) -> float:
+    return sorted(seconds for _, seconds in turns)[int(len(turns) * share)]
+
+
+@contextlib.contextmanager
+def _pinged(stack: Stack, client: Client) -> Iterator[list[float]]:
+    """How long the server's loop takes to answer a WebSocket's ping, every 20 ms."""
+    lags: list[float] = []
+    over = threading.Event()
+    headers = {"Authorization": f"Bearer {stack.token}"}
+    url = f"{stack.server.ws}/ws/chat/{client.id}/"
+
+    def ping(socket: Any) -> None:
+        while not over.wait(0.02):
+            began = time.monotonic()
+            assert socket.ping().wait(20)
+            lags.append(time.monotonic() - began)
+
+    with connect(url, additional_headers=headers) as socket, ThreadPoolExecutor(1) as pool:
+        pinging = pool.submit(ping, socket)
+        try:
+            yield lags
+        finally:
+            over.set()
+        pinging.result(20)
+
+
+def _cache_errors(stack: Stack) -> float:
+    headers = {"Authorization": f"Bearer {METRICS_TOKEN}"}
+    page = httpx2.get(f"{stack.server.http}/metrics", headers=headers, timeout=20).text
+    found = re.search(r"^assistant_cache_errors_total (\S+)", page, re.MULTILINE)
+    return float(found[1]) if found else -1
+
+
+def _signs_in(stack: Stack) -> bool:
+    """Whether a browser that says name and password is sent on, with a session."""
+    with httpx2.Client(base_url=stack.server.http, timeout=20) as browser:
+        browser.get("/accounts/login/")
+        said = {"csrfmiddlewaretoken": browser.cookies["csrftoken"], **SIGN_IN}
+        reply = browser.post("/accounts/login/", data=said, headers={"Referer": stack.server.http})
+        return reply.status_code == 302 and "sessionid" in browser.cookies
+
+
+def _comes_back(redis: Redis, client: Client) -> None:
+    """Within seconds of its return, requests are counted in Redis again."""
+    with contextlib.suppress(ProcessLookupError):
+        redis.kill()
+    again = Redis.start(redis.folder, redis.port)
+    began = time.monotonic()
+    try:
+        with again.client() as there:
+            while not there.dbsize():
+                assert client.rest("and now?").status_code == 200
+                assert time.monotonic() - began < BACK_WITHIN_S
+                time.sleep(0.05)
+    finally:
+        again.kill()
 
 
 @pytest.mark.chaos
