@@ -42,6 +42,8 @@ class Params:
     #: Whoever has the same is answered by the same version of a model while two are on trial: a
     #: conversation's id, else the caller. Empty: the version that answers everybody else.
     sticky: str = ""
+    #: Work that nobody waits for: a model answers it only where nobody is kept waiting by it.
+    batch: bool = False
     #: Values the caller knows about this user, by placeholder name; they win over settings.
     facts: dict[str, str] = field(default_factory=dict)
 

@@ -30,13 +30,16 @@ ENCODINGS = ("float", "base64")
 LEAST_TOP_P = 1e-6
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 
+#: As OpenAI has them; only one means something here: what nobody waits for.
+TIERS = ("auto", "default", "flex", "scale", "priority")
+
 CHAT = {
     *("model", "messages", "stream", "stream_options", "stop", "temperature", "top_p", "n", "seed"),
-    *("max_tokens", "max_completion_tokens"),
+    *("max_tokens", "max_completion_tokens", "service_tier"),
 }
 RESPONSES = {
     *("model", "input", "instructions", "stream", "stream_options", "temperature", "top_p"),
-    *("max_output_tokens", "truncation", "metadata"),
+    *("max_output_tokens", "truncation", "metadata", "service_tier"),
 }
 EMBEDDINGS = {"model", "input", "encoding_format", "dimensions"}
 #: They change nothing that can be seen in an answer of ours.
@@ -283,6 +286,7 @@ class _Body:
             top_p=max(self.number("top_p", 1.0, 1.0), LEAST_TOP_P),
             stop=self.stops(),
             seed=None if seed is None else seed & _INT64,
+            batch=self.one_of("service_tier", TIERS) == "flex",
         )
 
 

@@ -104,6 +104,11 @@ _SAMPLING: dict[str, Schema] = {
     "top_p": _numbers("number", 0, 1),
 }
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": asked.MAX_STOP_CHARS}
+_TIER: Schema = {
+    "type": "string",
+    "enum": list(asked.TIERS),
+    "description": "`flex`: batch work, which a model answers while nobody is kept waiting by it.",
+}
 _LENGTH = _numbers("integer", 1, 2**31 - 1)
 
 CHAT = _body(
@@ -118,6 +123,7 @@ CHAT = _body(
     seed=_numbers("integer", -(2**63), 2**63 - 1),
     max_tokens=_LENGTH,
     max_completion_tokens=_LENGTH,
+    service_tier=_TIER,
     **_SAMPLING,
 )
 RESPONSE = _body(
@@ -128,6 +134,7 @@ RESPONSE = _body(
     instructions={"type": "string"},
     stream=_FLAG,
     stream_options={"type": "object"},
+    service_tier=_TIER,
     max_output_tokens=_LENGTH,
     truncation={"type": "string", "enum": list(asked.TRUNCATIONS)},
     metadata={"type": "object"},

@@ -143,7 +143,7 @@ def normalised(text: str) -> str:
 
 def _chosen(params: Params) -> dict[str, Any]:
     """How the answer was asked to be written: every parameter but who asks and what is known."""
-    names = {field.name for field in fields(params)} - {"scope", "sticky", "facts"}
+    names = {field.name for field in fields(params)} - {"scope", "sticky", "facts", "batch"}
     return {name: getattr(params, name) for name in names}
 
 

@@ -288,10 +288,12 @@ def _as_expected(called: str, way: _Way, begun: Started) -> bool:
 
 
 def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
-    """The backend's stream, if it is well and its queue short enough.
+    """The backend's stream, if it is well and its queue short enough; batch work joins no queue.
 
     Raises: Overloaded; later Quarantined, BreakerOpen, and whatever the stream raises.
     """
+    if ask.params.batch and backend.crowded():
+        raise Overloaded("People are being answered; batch work may come later.", retry_after_s=10)
     wait_s = backend.expected_wait_s()
     if wait_s > settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"] * WORTH_WAITING:
         raise Overloaded("The queue is too long to wait for.", retry_after_s=wait_s)

@@ -85,6 +85,14 @@ class Backend(ABC):
         """Seconds until a new question would be begun, as far as is known. Never waits."""
         return 0.0
 
+    def crowded(self) -> bool:
+        """Whether a new question would keep somebody waiting, or wait itself. Never waits."""
+        found = [engine.stats() for engine in self.engines()]
+        return any(
+            stats.waiting or (stats.slots and stats.running >= max(1, stats.slots - 1))
+            for stats in found
+        )
+
     def loaded(self) -> Engine | None:
         """The engine in this process, if it has one and it was loaded. Never loads, never waits."""
         return None

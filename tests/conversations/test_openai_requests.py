@@ -351,6 +351,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asks
 
 
+@pytest.mark.parametrize(("tier", "batch"), [("flex", True), ("auto", False), (None, False)])
+def test_work_that_nobody_waits_for_is_marked(api, seen, tier, batch):
+    assert ask(api, service_tier=tier).status_code == 200
+    assert [asked.params.batch for asked in seen] == [batch]
+
+
+def test_a_tier_that_is_none_is_refused_by_name(api):
+    refused = assert_problem(ask(api, service_tier="flx"), 400, "invalid_request")
+    assert refused["error"]["param"] == "service_tier"
+
+
 def read(seen: list[Any]) -> list[tuple[str, str]]:
     return [(message.role, message.text) for message in seen[-1].messages]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from assistant.backends.echo import EchoBackend
+from assistant.engine.worker import EngineStats
 from assistant.errors import ContextTooLong, GenerationFailed, Overloaded
 from assistant.types import Delta, Finished, Message, Params, Started, Usage
 from fallback import cache, near, router
@@ -255,6 +258,43 @@ async def test_a_queue_is_joined_only_if_its_promise_has_time_to_spare(
 ) -> None:
     writing.wait_s = share * settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
     assert (await events_of(ask("cancel my order")))[0].route == route
+
+
+@pytest.mark.parametrize(
+    ("slots", "running", "waiting", "crowded"),
+    [
+        (8, 0, 0, False),
+        (8, 6, 0, False),
+        (8, 7, 0, True),
+        (8, 0, 1, True),
+        (0, 0, 0, False),
+        (1, 0, 0, False),
+        (1, 1, 0, True),
+    ],
+)
+async def test_batch_work_is_written_only_while_it_keeps_nobody_waiting(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch,
+    slots: int, running: int, waiting: int, crowded: bool,
+) -> None:  # fmt: skip
+    stats = EngineStats(slots=slots, running=running, waiting=waiting)
+    engine = SimpleNamespace(stats=lambda: stats)
+    monkeypatch.setattr(Writing, "engines", lambda self: (engine,))
+    batch = replace(ask("cancel my order"), params=Params(batch=True))
+    for _ in range(6):  # it says nothing of how well the model is: no breaker opens
+        (routed, *_) = await events_of(batch)
+        assert routed == (Routed("rules", "overload") if crowded else routed)
+        assert crowded or routed.route in ("model", "cache")
+    assert (await events_of(ask("cancel my order")))[0].route in ("model", "cache")
+
+
+async def test_batch_work_that_asks_for_the_model_alone_is_told_when_to_come_back(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writing, "crowded", lambda self: True)
+    alone = replace(ask("cancel my order", steps=("echo",)), params=Params(batch=True))
+    with pytest.raises(Overloaded) as caught:
+        await events_of(alone)
+    assert caught.value.retry_after_s == 10
 
 
 async def test_a_backend_that_keeps_failing_is_left_alone():
