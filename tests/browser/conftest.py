@@ -69,12 +69,28 @@ def _own(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, to be copied."""
+    folder = tmp_path_factory.mktemp("migrated")
+    manage(folder, "migrate", "-v0")
+    return folder / "db.sqlite3"
+
+
+@pytest.fixture(scope="session")
+def cast(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """A database with ``CAST``, to be copied."""
+    folder = tmp_path_factory.mktemp("cast")
+    shutil.copyfile(migrated, folder / "db.sqlite3")
+    manage(folder, "shell", "-v0", stdin=CAST)
+    return folder / "db.sqlite3"
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def site(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     """The product, answering; an answer nobody reads goes on long enough to come back to it."""
     folder = tmp_path_factory.mktemp("site")
-    manage(folder, "migrate", "-v0")
-    manage(folder, "shell", "-v0", stdin=CAST)
+    shutil.copyfile(cast, folder / "db.sqlite3")
     with serving(
         "uvicorn", folder / "db.sqlite3", folder, ASSISTANT_ABANDON_GRACE_S="4"
     ) as running:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import CAST, CHROMIUM, Chat, manage
+from tests.browser.conftest import CHROMIUM, Chat, manage
 from tests.conftest import PASSWORD, Server, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pytest-playwright is not installed")
@@ -19,6 +21,8 @@ pytestmark = [
 ]
 
 RULE = """
+from django.contrib.auth.models import User
+from fallback.models import Rule
 Rule.objects.create(
     name="A person",
     patterns=["talk to a person"],
@@ -31,13 +35,13 @@ User.objects.filter(username="sam").update(first_name="Sam")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def site(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     """Rules first, so that asking for a person is answered by the rule."""
     folder = tmp_path_factory.mktemp("site")
-    manage(folder, "migrate", "-v0")
+    shutil.copyfile(cast, folder / "db.sqlite3")
     policy = "from fallback.models import PolicyChange\n"
     policy += "PolicyChange.objects.create(steps=['rules', 'echo'], active=True)\n"
-    manage(folder, "shell", "-v0", stdin=CAST + RULE + policy)
+    manage(folder, "shell", "-v0", stdin=RULE + policy)
     with serving("uvicorn", folder / "db.sqlite3", folder) as running:
         yield running
 

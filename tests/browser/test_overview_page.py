@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import CAST, CHROMIUM, manage
+from tests.browser.conftest import CHROMIUM, manage
 from tests.conftest import PASSWORD, Server, serving
 
 pytest.importorskip("playwright.sync_api", reason="pytest-playwright is not installed")
@@ -20,10 +22,9 @@ FILL = "from tests.monitoring.shop_year import fill; fill(days=2, messages=300)"
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def site(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("site")
-    manage(folder, "migrate", "-v0")
-    manage(folder, "shell", "-v0", stdin=CAST)
+    shutil.copyfile(cast, folder / "db.sqlite3")
     manage(folder, "shell", "-v0", "-c", FILL)
     with serving("uvicorn", folder / "db.sqlite3", folder) as running:
         yield running

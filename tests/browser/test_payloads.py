@@ -5,6 +5,7 @@ admin or an export, whether it is a message, a title, feedback or somebody's nam
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,10 +172,10 @@ class Poisoned:
 
 
 @pytest.fixture(scope="module")
-def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poisoned]:
+def poisoned(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Poisoned]:
     """The product with all payloads in every place that somebody can write to."""
     folder = tmp_path_factory.mktemp("poisoned")
-    manage(folder, "migrate", "-v0")
+    shutil.copyfile(migrated, folder / "db.sqlite3")
     (folder / "payloads.json").write_text(json.dumps(PAYLOADS))
     manage(folder, "shell", "-v0", stdin=POISON)
     made = json.loads((folder / "made.json").read_text())

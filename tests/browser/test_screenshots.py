@@ -6,13 +6,14 @@ The bundled model answers; without one in the clone, a stored conversation stand
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import CAST, CHROMIUM, Chat, manage
+from tests.browser.conftest import CHROMIUM, Chat, manage
 from tests.conftest import ROOT, Server, serving
 
 pytest.importorskip("playwright.sync_api", reason="pytest-playwright is not installed")
@@ -74,11 +75,10 @@ talk("ana", QUESTIONS[0], timedelta(0),
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shop(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     """The product with a little history, answered by the bundled model if there is one."""
     folder = tmp_path_factory.mktemp("shop")
-    manage(folder, "migrate", "-v0")
-    manage(folder, "shell", "-v0", stdin=CAST)
+    shutil.copyfile(cast, folder / "db.sqlite3")
     rows = STORED + ("" if HAS_MODEL else f"QUESTIONS = {QUESTIONS!r}\n{STAND_IN}")
     manage(folder, "shell", "-v0", "-c", rows)
     backend = "model" if HAS_MODEL else "echo"
@@ -130,11 +130,10 @@ def test_the_admin(shop: Server, new_context: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def busy_shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def busy_shop(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     """The product after an imagined year."""
     folder = tmp_path_factory.mktemp("busy")
-    manage(folder, "migrate", "-v0")
-    manage(folder, "shell", "-v0", stdin=CAST)
+    shutil.copyfile(cast, folder / "db.sqlite3")
     manage(folder, "shell", "-v0", "-c", "from tests.monitoring.shop_year import fill; fill()")
     with serving("uvicorn", folder / "db.sqlite3", folder, **SUPPORT) as running:
         yield running

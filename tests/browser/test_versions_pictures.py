@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import CAST, CHROMIUM, Chat, manage
+from tests.browser.conftest import CHROMIUM, Chat, manage
 from tests.conftest import Server, serving
 
 pytest.importorskip("playwright.sync_api", reason="pytest-playwright is not installed")
@@ -43,10 +44,9 @@ for was, to in (("", "candidate"), ("candidate", "shadow"), ("shadow", "canary")
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def desk(tmp_path_factory: pytest.TempPathFactory, cast: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("desk")
-    manage(folder, "migrate", "-v0")
-    manage(folder, "shell", "-v0", stdin=CAST)
+    shutil.copyfile(cast, folder / "db.sqlite3")
     manage(folder, "shell", "-v0", stdin=ROWS)
     with serving("uvicorn", folder / "db.sqlite3", folder) as running:
         yield running

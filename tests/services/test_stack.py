@@ -436,7 +436,11 @@ def test_who_waits_for_an_answer_holds_no_connection(
     shared_redis: Redis, postgres: str, tmp_path: Path
 ) -> None:
     """Three times as many at once as the pool has connections, each for a second."""
-    limits = {"ASSISTANT_RATE": "1000/m", "ASSISTANT_MAX_TURNS_PER_CALLER": "100"}
+    limits = {
+        "ASSISTANT_RATE": "1000/m",
+        "ASSISTANT_MAX_TURNS_PER_CALLER": "100",
+        "ASSISTANT_REQUESTS_AT_ONCE": "30",
+    }
     with (
         stacked(tmp_path, shared_redis, postgres, **limits) as stack,
         ThreadPoolExecutor(30) as pool,
