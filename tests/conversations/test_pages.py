@@ -11,6 +11,7 @@ from django.core.management import CommandError, call_command
 from django.test import Client
 
 from conversations.models import Conversation, Message
+from fallback import answers
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -33,6 +34,13 @@ def test_the_chat_page_tells_the_template_what_it_needs(ana):
     assert {key: reply.context[key] for key in expected} == expected
     assert reply.context["assistant_name"] and reply.context["examples"]
     assert "csrftoken" in reply.cookies
+
+
+def test_who_sees_the_page_does_not_wait_for_the_rules_to_learn(ana, django_assert_num_queries):
+    answers.forget()
+    assert signed_in(ana).get("/").status_code == 200
+    with django_assert_num_queries(0):
+        answers.known()
 
 
 def test_a_broken_model_is_named_to_staff_only(ana, sam, settings):
