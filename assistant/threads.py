@@ -48,8 +48,8 @@ class Room:
         self._crowd: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._mine = threading.local()
 
-    async def take(self) -> bool:
-        """Whether there is a place, now or in a moment."""
+    async def take(self, patience_s: float | None = None) -> bool:
+        """Whether there is a place, now or within a moment, or within ``patience_s``."""
         if self._took():
             return True
         began = asyncio.get_running_loop().time()
@@ -57,13 +57,13 @@ class Room:
             self._crowded_since = began
         self._waiting += 1
         try:
-            return await self._waited(began)
+            return await self._waited(began, patience_s or self._patience_s)
         finally:
             self._waiting -= 1
 
-    async def _waited(self, began: float) -> bool:
+    async def _waited(self, began: float, patience_s: float) -> bool:
         loop = asyncio.get_running_loop()
-        until = max(began + self._patience_s, self._crowded_since + self._burst_s)
+        until = max(began + patience_s, self._crowded_since + self._burst_s)
         while not self._took():
             if loop.time() >= until:
                 return False

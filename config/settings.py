@@ -518,7 +518,9 @@ ASSISTANT: dict[str, Any] = {
             "OPTIONS": {
                 "model_dir": str(BASE_DIR / Path(_MODEL_DIR).expanduser()),
                 "threads": env_whole(
-                    "ASSISTANT_THREADS", 0, "Threads of the engine; 0: all cores."
+                    "ASSISTANT_THREADS",
+                    0,
+                    "Threads of the engine; 0: all cores, but one for models of 16 MiB or less.",
                 ),
                 "max_batch": env_whole(
                     "ASSISTANT_MAX_BATCH", 32, "Answers written at the same time.", least=1

@@ -35,6 +35,7 @@ from assistant.engine import (
 )
 from assistant.engine import Overloaded as QueueFull
 from assistant.engine.generation import Token
+from assistant.engine.machine import cores
 from assistant.errors import (
     AssistantError,
     ContextTooLong,
@@ -63,6 +64,8 @@ from assistant.types import (
 class Options:
     """As in EngineConfig, memory in MiB. The queue is bounded in questions and in their tokens.
 
+    ``threads``: 0 is every core, for a model of 16 MiB or less every core but one.
+
     ``opening_tokens``: how much of an answer is held back to see how sure a model without intents
     is, before anything is shown of it; 0: it says nothing of that.
     """
@@ -85,6 +88,12 @@ class _Ready:
     engine: Engine
     codec: Codec
     manifest: Manifest
+
+
+#: Nobody is shown more of an answer more often than this (see ``conversations.log``).
+_WAKE_EVERY_S = 0.03
+#: A smaller model gains less by its last thread than the product does by a core of its own.
+_SMALL_BYTES = 16 << 20
 
 
 class OnnxBackend(Backend):
@@ -160,7 +169,7 @@ class OnnxBackend(Backend):
         options: Options = self.options
         return EngineConfig(
             model_dir=Path(options.model_dir),
-            threads=options.threads,
+            threads=options.threads or _threads(Path(options.model_dir)),
             max_batch=options.max_batch,
             max_queue=options.max_queue,
             max_queue_tokens=options.max_queue_tokens,
@@ -169,6 +178,7 @@ class OnnxBackend(Backend):
             prefix_bytes=options.prefix_mb << 20,
             draft_tokens=options.draft_tokens,
             reading_tokens_per_s=options.reading_tokens_per_s,
+            wake_every_s=_WAKE_EVERY_S,
         )
 
     # -- embeddings --------------------------------------------------------------------------
@@ -303,21 +313,26 @@ class _Writer:
         self._text = codec.stream()
         self._stops = StopFilter(params.stop)
         self._filler = Filler({**params.facts, **values})
+        self._stopping = bool(params.stop)
         self._count, self._logprob = 0, 0.0
         self.stopped = False
 
-    def push(self, tokens: Sequence[Any]) -> str:
+    def push(self, tokens: Sequence[Token]) -> str:
         """What can be shown of these tokens."""
+        if not self._stopping:
+            return self._filler.push("".join(map(self._read, tokens)))
         shown = ""
-        for token in tokens:
-            self._count += 1
-            self._logprob += token.logprob
-            text = self._filler.push(self._text.push(token.id))
-            text, self.stopped = self._stops.push(text)
+        for token in tokens:  # none counts behind the one that stops
+            text, self.stopped = self._stops.push(self._filler.push(self._read(token)))
             shown += text
             if self.stopped:
                 break
         return shown
+
+    def _read(self, token: Token) -> str:
+        self._count += 1
+        self._logprob += token.logprob
+        return self._text.push(token.id)
 
     def end(self, reason: str | None, input_tokens: int) -> Iterator[Event]:
         # Half a character, an open brace, what looked like a stop string: nothing follows them now.
@@ -330,6 +345,12 @@ class _Writer:
             usage=Usage(input_tokens, self._count),
             logprob=self._logprob / self._count if self._count else None,
         )
+
+
+def _threads(model: Path) -> int:
+    """All cores; all but one for a small model, beside which the product needs one itself."""
+    small = sum(path.stat().st_size for path in model.glob("*.onnx*")) <= _SMALL_BYTES
+    return max(1, cores() - small)
 
 
 def _finish(reason: str | None, stopped: bool) -> FinishReason:

@@ -7,6 +7,7 @@ nothing of slots, batches or the model.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class Ticket:
     The buffer is bounded by ``max_new_tokens``. The lock guards the buffer and the waiter only.
     """
 
-    __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "asked_s", "closed", "error",
-                 "finish_reason", "first", "place", "prefill_s", "promised_s", "queue_s",
+    __slots__ = ("_ids", "_lock", "_logprobs", "_waiter", "_woken_s", "asked_s", "closed",
+                 "error", "finish_reason", "first", "place", "prefill_s", "promised_s", "queue_s",
                  "request", "sampling", "verdict", "wait_s")  # fmt: skip
 
     def __init__(self, request: Request, sampling: Sampling, first: FirstTokenRule | None) -> None:
@@ -58,6 +59,7 @@ class Ticket:
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._waiter: Waiter | None = None
+        self._woken_s = -math.inf
         self._lock = threading.Lock()
 
     @property
@@ -69,12 +71,16 @@ class Ticket:
         """Whether its first token is a verdict that is still to come."""
         return self.first is not None and self.verdict is None
 
-    def push(self, token: int, logprob: float) -> Waiter | None:
-        """Add a token; whom to wake."""
+    def push(
+        self, token: int, logprob: float, now_s: float = 0.0, every_s: float = 0.0
+    ) -> Waiter | None:
+        """Add a token; whom to wake: nobody who was woken less than ``every_s`` ago."""
         with self._lock:
             self._ids.append(token)
             self._logprobs.append(logprob)
-            waiter, self._waiter = self._waiter, None
+            if self._waiter is None or now_s - self._woken_s < every_s:
+                return None
+            waiter, self._waiter, self._woken_s = self._waiter, None, now_s
         return waiter
 
     def end(self, reason: FinishReason | None, error: EngineError | None = None) -> Waiter | None:

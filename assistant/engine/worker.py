@@ -79,6 +79,8 @@ class EngineConfig:
     draft_tokens: int | None = None
     #: Pace of an answer after its first words, for many readers at once. 0: as fast as possible.
     reading_tokens_per_s: float = 0.0
+    #: A reader is woken for more tokens at most this often, and at the end. 0: at every step.
+    wake_every_s: float = 0.0
 
     def __post_init__(self) -> None:
         queues = (self.max_queue, self.max_queue_tokens, self.max_embedding_tokens)
@@ -91,8 +93,11 @@ class EngineConfig:
             raise ValueError(f"step_tokens starts at {LEAST_STEP}, context_tokens at 8")
         if not 0 <= (self.draft_tokens or 0) <= MOST_DRAFT:
             raise ValueError(f"draft_tokens lies between 0 and {MOST_DRAFT}")
-        if min(self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s) < 0:
-            raise ValueError("kv_bytes, prefix_bytes and reading_tokens_per_s are not negative")
+        bounds = (self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s, self.wake_every_s)
+        if min(bounds) < 0:
+            raise ValueError(
+                "kv_bytes, prefix_bytes, reading_tokens_per_s and wake_every_s are not negative"
+            )
         if not self.most_step_s > 0:
             raise ValueError("most_step_s must be above 0")
 
@@ -508,10 +513,11 @@ class Worker:
             error = EngineError("the model's probabilities are not numbers; rebuild the model")
             return self._end(ticket, None, error)
         self._answered(ticket)
-        reason = self._scheduler.accept(ticket.request, token, time.perf_counter())
+        now = time.perf_counter()
+        reason = self._scheduler.accept(ticket.request, token, now)
         if reason != "stop":
             self._counters.generated_tokens += 1
-            self._wake(ticket, ticket.push(token, logprob))
+            self._wake(ticket, ticket.push(token, logprob, now, self._config.wake_every_s))
         if reason is not None:
             self.rates.finished(ticket.request.written)
             self._end(ticket, reason)

@@ -606,6 +606,17 @@ def test_options_that_make_no_sense_are_an_error_of_ours(
         make_onnx(**options).check()
 
 
+@pytest.mark.parametrize(("size", "threads"), [(16 << 20, 3), ((16 << 20) + 1, 4)])
+def test_a_small_model_leaves_the_product_a_core(
+    size: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx, "cores", lambda: 4)
+    with (tmp_path / "model.onnx").open("wb") as file:
+        file.truncate(size)
+    assert OnnxBackend("own", Options(str(tmp_path)))._config().threads == threads
+    assert OnnxBackend("own", Options(str(tmp_path), threads=2))._config().threads == 2
+
+
 def test_more_answers_at_once_than_a_steps_usual_tokens_are_possible(make_onnx: MakeOnnx) -> None:
     make_onnx(max_batch=300, context_tokens=64).check()
 

@@ -507,6 +507,17 @@ async def test_a_step_wakes_an_event_loop_once_however_many_read(
 # -- what is kept between answers ----------------------------------------------------------------
 
 
+async def test_a_reader_is_woken_for_the_first_token_then_no_more_often_than_asked_and_at_the_end(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runner = make_engine(wake_every_s=3600.0)
+    step = runner.step
+    monkeypatch.setattr(runner, "step", lambda batch: (time.sleep(0.005), step(batch))[1])
+    batches = [[t.id for t in batch] async for batch in engine.submit([1, 2], max_new_tokens=9)]
+    assert len(batches) <= 2
+    assert [token for batch in batches for token in batch] == runner.greedy([1, 2], 9)
+
+
 def ask(engine: Engine, prompt: list[int], scope: str = "ana", count: int = 6) -> list[int]:
     return ids(engine.submit(prompt, max_new_tokens=count, scope=scope))
 
@@ -1135,6 +1146,7 @@ def test_an_engine_of_one_row_serves_one_after_another(make_engine: MakeEngine) 
         {"kv_bytes": -1},
         {"prefix_bytes": -1},
         {"reading_tokens_per_s": -0.1},
+        {"wake_every_s": -0.1},
         {"most_step_s": 0.0},
         {"most_step_s": math.nan},
     ],
