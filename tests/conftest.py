@@ -28,6 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "correct horse battery"
 
 
+#: What drives a browser or starts Redis, PostgreSQL and servers takes its time.
+SLOW_FOLDERS = frozenset({"browser", "services"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not SLOW_FOLDERS.isdisjoint(item.path.relative_to(ROOT).parts):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def database_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("database") / "test.sqlite3"

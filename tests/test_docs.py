@@ -69,6 +69,7 @@ def test_the_stack_in_the_readme_is_the_one_that_is_tested() -> None:
     assert [line.split()[0] for line in block.strip().splitlines()] == list(STACK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", README, re.S))
 def test_shell_snippets_parse_and_use_real_options(block: str) -> None:
     subprocess.run(["bash", "-n"], input=block.encode(), check=True)
@@ -81,6 +82,7 @@ def test_shell_snippets_parse_and_use_real_options(block: str) -> None:
             assert all(option in known.stdout for option in options), (name, options)
 
 
+@pytest.mark.slow
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_api_snippet_does_what_it_says(

@@ -147,6 +147,7 @@ def test_a_key_that_another_process_is_still_writing_is_waited_for(tmp_path):
     assert shown.stdout.strip() == "k" * 60, shown.stderr
 
 
+@pytest.mark.slow
 def test_a_key_file_that_stays_empty_is_named(tmp_path):
     (tmp_path / "secret_key").touch()
     shown = loaded(tmp_path, "s.SECRET_KEY")

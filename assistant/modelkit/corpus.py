@@ -100,9 +100,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise CorpusError(f"{path} line {number} is not JSON: {error}") from error
 
 
-def written(name: str) -> list[dict[str, Any]]:
-    """Rows of the project's own training texts."""
-    return list(read_rows(WRITTEN / f"{name}.jsonl"))
+def written(*names: str) -> list[dict[str, Any]]:
+    """Rows of the project's own training texts, of all files named."""
+    return [row for name in names for row in read_rows(WRITTEN / f"{name}.jsonl")]
 
 
 # -- Bitext's placeholders become surface values, so that one mask serves training and serving ---
@@ -303,6 +303,21 @@ _NEAR_SCOPE = re.compile(
 )
 
 
+#: The project's own questions by group.
+_WRITTEN = {
+    "written": (*(f"natural_{part}" for part in "abcde"), "hard_negatives"),
+    "rude": ("rude", "rude_b"),
+    "plain": ("plain",),
+    "talk": ("smalltalk",),
+    "written_out": (
+        *("out_of_scope", "out_of_scope_b", "out_of_scope_c", "out_of_scope_d"),
+        *("injection", "injection_b"),
+    ),
+}
+_DIALOGUES = ("dialogues", "dialogues_b", "dialogues_c")
+_FOLLOWUPS = ("followups", "followups_b")
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     text: str
@@ -348,20 +363,11 @@ def _is_dev(row: dict[str, Any]) -> bool:
 
 
 def _written_rows() -> list[_Row]:
-    rows = [
-        _Row(row["text"], row["intent"], "written")
-        for name in (*(f"natural_{part}" for part in "abcd"), "hard_negatives")
-        for row in written(name)
+    return [
+        _Row(row["text"], row.get("intent", OUT_OF_SCOPE), group)
+        for group, names in _WRITTEN.items()
+        for row in written(*names)
     ]
-    rows += [_Row(row["text"], row["intent"], "rude") for row in written("rude")]
-    rows += [_Row(row["text"], row["intent"], "plain") for row in written("plain")]
-    rows += [_Row(row["text"], row["intent"], "talk") for row in written("smalltalk")]
-    rows += [
-        _Row(row["text"], OUT_OF_SCOPE, "written_out")
-        for name in ("out_of_scope", "out_of_scope_b", "out_of_scope_c", "injection")
-        for row in written(name)
-    ]
-    return rows
 
 
 def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corpus:
@@ -384,7 +390,7 @@ def build(data: Path, *, seed: int = 0, evaluation: Sequence[Path] = ()) -> Corp
         corpus.labelled.append(Sample((Turn(row.text, row.label),), row.group))
     corpus.dev = {name: [(row.text, row.label) for row in rows] for name, rows in dev.items()}
     corpus.dialogues = _dialogues(held)
-    corpus.followups = [row for row in written("followups") if row["text"] not in held]
+    corpus.followups = [row for row in written(*_FOLLOWUPS) if row["text"] not in held]
     corpus.unlabelled = _unlabelled(data, held, seen)
     corpus.report = _report(corpus, data, seed)
     return corpus
@@ -404,7 +410,7 @@ def own(evaluation: Sequence[Path] = ()) -> Corpus:
         if row.text not in held
     ]
     corpus.dialogues = _dialogues(held)
-    corpus.followups = [row for row in written("followups") if row["text"] not in held]
+    corpus.followups = [row for row in written(*_FOLLOWUPS) if row["text"] not in held]
     return corpus
 
 
@@ -422,7 +428,7 @@ def _dialogues(held: HeldOut) -> list[Sample]:
     An opening that stands in an evaluation is left out; a later turn has a history of its own.
     """
     samples = []
-    for row in [*written("dialogues"), *written("dialogues_b")]:
+    for row in written(*_DIALOGUES):
         turns: list[Turn] = []
         for user, assistant in zip(row["turns"][::2], row["turns"][1::2], strict=True):
             turns.append(Turn(user["text"], user["intent"], assistant["text"]))

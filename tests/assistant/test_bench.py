@@ -422,6 +422,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.slow
 def test_rivals_that_misbehave_are_reported_and_end_nobody_else() -> None:
     sides = [stand_in("works"), *map(stand_in, TROUBLES)]
     plan = Plan([job()], sides, repeats=2, threads=1, timeout_s=3, prepare_timeout_s=60)

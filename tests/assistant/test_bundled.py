@@ -84,6 +84,7 @@ def found(model: OnnxBackend) -> dict[str, Any]:
     return evaluation.report("bundled", rows, asyncio.run(evaluation.ask_all(model, rows)))
 
 
+@pytest.mark.slow
 def test_every_golden_kind_has_a_floor(found: dict[str, Any]) -> None:
     assert {*found["by"], "all"} == FLOORS.keys()
     assert CEILINGS.keys() <= FLOORS.keys()

@@ -89,6 +89,7 @@ def test_help_shows_an_example_and_what_the_command_does(name: str) -> None:
     assert re.search(rf"examples?:\s+manage\.py {name}", text), text
 
 
+@pytest.mark.slow
 def test_help_loads_neither_torch_nor_onnxruntime(tmp_path: Path) -> None:
     script = (
         "import sys\n"
@@ -115,6 +116,7 @@ MISTAKES: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_without_a_traceback(mistake: str, tmp_path: Path) -> None:
     found = shell(*MISTAKES[mistake], ASSISTANT_MODEL_DIR=str(tmp_path / "no-model"))
@@ -220,6 +222,7 @@ BENCH_FIGURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bench_prints_its_contract_as_json(tiny_model: Path) -> None:
     written = said("bench", "--json", "--quick", "--repeats", "2", "--model", str(tiny_model))
     found = json.loads(written)
@@ -240,6 +243,7 @@ def test_bench_prints_its_contract_as_json(tiny_model: Path) -> None:
     assert found["goals"] == [], "tiny sizes judge nothing"
 
 
+@pytest.mark.slow
 def test_bench_runs_every_workload(tiny_model: Path) -> None:
     written = said("bench", "--json", "--quick", "--workloads", "all", "--model", str(tiny_model))
     rows = {row["workload"]: row for row in json.loads(written)["rows"]}
@@ -254,6 +258,7 @@ def test_bench_runs_every_workload(tiny_model: Path) -> None:
     assert [level["chats"] for level in rows["readers"]["levels"]][:1] == [2]
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_for_the_model_in_use(
     tiny_settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +269,7 @@ def test_bench_prints_a_table_for_the_model_in_use(
     assert capsys.readouterr().err == "measuring 2 chats: ours (1 of 1) ...\n"
 
 
+@pytest.mark.slow
 def test_bench_has_room_for_more_chats_than_a_usual_queue(tiny_model: Path) -> None:
     many = ("--concurrency", "300", "--prompt-tokens", "150", "--new-tokens", "2", "--rounds", "1")
     once = ("--workloads", "chats", "--repeats", "1", "--model", str(tiny_model))
@@ -271,6 +277,7 @@ def test_bench_has_room_for_more_chats_than_a_usual_queue(tiny_model: Path) -> N
     assert row["label"] == "300 chats"
 
 
+@pytest.mark.slow
 def test_bench_beside_rivals_keeps_going_when_they_do_not(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +323,7 @@ BENCH_MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", BENCH_MISTAKES)
 def test_bench_says_what_is_wrong(tiny_settings: Any, mistake: str) -> None:
     args, message = BENCH_MISTAKES[mistake]
@@ -714,6 +722,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         yield running
 
 
+@pytest.mark.slow
 def test_the_demo_prints_where_it_is_and_who_may_sign_in(served: Demo) -> None:
     assert f"http://127.0.0.1:{served.port}/\n" in served.output
     assert f"http://127.0.0.1:{served.port}/admin/" in served.output
@@ -743,6 +752,7 @@ def test_the_printed_password_of_staff_opens_the_admin(served: Demo) -> None:
     assert status == 200 and "Conversations" in page
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_refused_with_another_to_try(served: Demo, tmp_path: Path) -> None:
     found = shell("demo", "--port", str(served.port), "--data-dir", str(tmp_path / "other"))
     assert found.returncode == 1
@@ -757,6 +767,7 @@ def test_a_port_that_cannot_be_is_refused(port: str) -> None:
         call_command("demo", f"--port={port}")
 
 
+@pytest.mark.slow
 def test_a_second_start_keeps_the_data_and_a_reset_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with demo(folder, "--no-worker") as first:
@@ -793,6 +804,7 @@ def workers(folder: Path) -> list[int]:
      pytest.param((signal.SIGHUP,), marks=pytest.mark.slow)],
     ids=["Ctrl-C twice", "SIGTERM", "a closed terminal"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_stops_the_demo_stops_its_worker_too(
     signals: tuple[signal.Signals, ...], tmp_path: Path
 ) -> None:

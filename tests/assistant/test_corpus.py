@@ -68,6 +68,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_mix_holds_every_kind_and_no_evaluation_row(data: Path) -> None:
     found = corpus.build(data, seed=3, evaluation=[GOLDEN])
     texts = {sample.turns[-1].question: sample.turns[-1].intent for sample in found.labelled}
@@ -106,6 +107,7 @@ def test_near_equal_texts_are_held_out_and_others_are_not() -> None:
     assert "How long does a refund take?" not in held
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_found_as_a_full_search_would() -> None:
     rng = random.Random(7)
     texts = [row["text"] for row in corpus.written("natural_dev")]

@@ -6,6 +6,7 @@ What comes out is nonsense, but every step between is the one that trains the mo
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from io import StringIO
@@ -68,9 +69,9 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def few(name: str) -> list[dict[str, Any]]:
+def few(*names: str) -> list[dict[str, Any]]:
     """The project's own rows, but of the development set only every twentieth."""
-    return WRITTEN(name)[:: 20 if name == "natural_dev" else 1]
+    return WRITTEN(*names)[:: 20 if names == ("natural_dev",) else 1]
 
 
 def train(data: Path, run: Path, *args: str) -> str:
@@ -215,6 +216,30 @@ def test_fine_tuning_starts_from_the_weights_and_tokenizer_given(
     assert abs(given - tuned).max() < 1e-6
     kept = (tmp_path / "tuned" / "tokenizer.json").read_bytes()
     assert kept == (run / "tokenizer.json").read_bytes()
+
+
+def test_the_table_alone_is_fitted_anew_beside_the_same_network(
+    data: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "written", few)
+    built, run = trained[0] / "model", tmp_path / "run"
+    said = train(data, run, "--table", "--from", str(built))
+    old, new = Manifest.load(built), Manifest.load(run / "model")
+    assert new.version == "0.0.1+1" and f"built {run / 'model'}" in said
+    assert new.files["model.onnx"] == old.files["model.onnx"]
+    assert (
+        new.files["wide.npz"].sha256
+        == hashlib.sha256((run / "model" / "wide.npz").read_bytes()).hexdigest()
+    )
+    assert new.quality["kinds"].keys() == old.quality["kinds"].keys()
+    with pytest.raises(CommandError, match="is not empty"):
+        train(data, run, "--table", "--from", str(built))
+
+
+def test_a_table_stands_beside_a_built_model_only(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="--table needs a built model"):
+        train(data, tmp_path / "run", "--table")
+    assert not (tmp_path / "run").exists()
 
 
 def test_equal_seeds_draw_equal_examples(data: Path, trained: tuple[Path, str]) -> None:

@@ -145,6 +145,7 @@ async def test_a_move_is_noticed_within_two_seconds_of_the_usual_pace(
     assert await model_of(backend) == "tiny@1"
 
 
+@pytest.mark.slow
 async def test_two_hundred_turns_outlive_five_swaps_and_each_names_one_version(
     backend, folders
 ) -> None:

@@ -214,6 +214,7 @@ HEADERS: dict[str, tuple[bytes, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
 def test_bad_headers_are_refused_and_the_server_lives(headers, wire_, server, ana, token_of):
     token = token_of(ana)

@@ -132,6 +132,7 @@ def test_headers_say_who_answered_and_which_request_it_was(client):
     assert reply.headers["content-type"] == "text/event-stream"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "text"),
     [("three", "one two "), (["o th", "zzz"], "one tw"), (["e t", "two"], "on"), (["zzz"], None)],
@@ -215,6 +216,7 @@ def test_the_models_are_names_of_routes(client):
     assert (unknown.value.code, unknown.value.param) == ("not_found", "model")
 
 
+@pytest.mark.slow
 def test_the_ladder_goes_from_reviewed_to_model_to_rules(client):
     ReviewedAnswer.objects.create(question="Where is it?", answer="With {{Client Name}}.")
     Rule.objects.create(name="cancel", patterns=["cancel my order"], answer="Write. To us.")
@@ -251,6 +253,7 @@ def test_a_model_that_is_asked_for_by_name_is_not_replaced(client):
     assert instead.model_extra == {"route": "human", "degraded_reason": "overload"}
 
 
+@pytest.mark.slow
 def test_the_client_tries_again_as_told(server, token, caplog):
     def requests() -> int:
         return sum(record.name == "httpx2" for record in caplog.records)
@@ -337,6 +340,7 @@ async def test_hanging_up_frees_the_slot(aclient):
         await free_again(aclient, 5)
 
 
+@pytest.mark.slow
 async def test_hanging_up_before_the_first_word_frees_the_slot(aclient):
     impatient = aclient.with_options(timeout=0.5)
     for more in ({"stream": True}, {}, {"n": 3}, {"n": 3, "stream": True}):
@@ -403,6 +407,7 @@ class TestCurl:
         assert "www-authenticate: bearer" in reply.lower()
         assert "application/problem+json" in reply.lower()
 
+    @pytest.mark.slow
     def test_a_hang_up(self, server, bearer):
         for _ in range(8):
             with pytest.raises(subprocess.CalledProcessError) as gone:
@@ -518,6 +523,7 @@ def model_server(
         yield running
 
 
+@pytest.mark.slow
 def test_the_bundled_model_answers_like_any_other(model_server, token):
     with openai.OpenAI(base_url=f"{model_server.http}/v1", api_key=token) as client:
         question = "how do I cancel order 48213377?"

@@ -161,6 +161,7 @@ async def test_control_frames_between_fragments_and_pongs_unasked_are_fine(
         await asyncio.wait_for(reader.readuntil(b'"pong"'), 5)
 
 
+@pytest.mark.slow
 async def test_ten_thousand_fragments_are_one_message_or_the_end(server, conversation, cookie):
     body = PING_JSON.ljust(10_000)
     parts = [frame(CONTINUES, bytes([byte]), fin=False) for byte in body[1:-1]]
@@ -172,6 +173,7 @@ async def test_ten_thousand_fragments_are_one_message_or_the_end(server, convers
     await still_serves(server, conversation, cookie)
 
 
+@pytest.mark.slow
 async def test_ten_thousand_frames_in_one_write_end_that_socket_only(server, conversation, cookie):
     async with raw(server, conversation, cookie) as (reader, writer):
         writer.write(frame(TEXT, b"nonsense") * 10_000)
@@ -252,6 +254,7 @@ async def test_a_login_that_ended_opens_no_socket(server, conversation, cookie, 
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 4401
 
 
+@pytest.mark.slow
 async def test_a_program_with_its_token_in_the_first_frame(server, conversation, ana, token_of):
     token = await sync_to_async(token_of)(ana)
     async with connect(f"{server.ws}/ws/chat/{conversation.pk}/") as client:

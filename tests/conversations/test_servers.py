@@ -98,6 +98,7 @@ async def test_a_client_that_aborts_frees_its_slot_and_keeps_its_text(server, co
     assert message.status == "interrupted" and 0 < len(message.text.split()) < 40
 
 
+@pytest.mark.slow
 async def test_a_client_comes_back_and_misses_nothing(server, conversation, cookie):
     async with chat(server, conversation, cookie) as stays:
         client = await chat(server, conversation, cookie)
@@ -220,6 +221,7 @@ async def test_the_server_wrote_no_traceback(server, conversation, cookie):
     assert "conversations/" not in log.replace("/api/v1/conversations/", "")
 
 
+@pytest.mark.slow
 async def test_a_server_told_to_stop_keeps_what_it_was_writing(
     conversation, cookie, database_file: Path, tmp_path: Path
 ):

@@ -217,6 +217,7 @@ ENDINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDINGS, ids=lambda end: end.__name__)
 async def test_a_silent_socket_is_closed_when_its_login_ends(end, conversation, cookie, ana):
     assert logins.LOOK_EVERY_S <= 3

@@ -1015,6 +1015,7 @@ def chi_square(counts: Counter[int], shares: list[float]) -> tuple[float, float]
     return statistic, degrees * (1 - spread + 3.09 * math.sqrt(spread)) ** 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -1311,6 +1312,7 @@ def test_the_wild_model_has_activations_many_times_as_large_as_usual(wild: Path)
     assert peaks[1] > 20 * peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["row8", "static8"])
 def test_five_hundred_random_batches_give_each_the_answer_it_gets_alone(
     wild: Path, quant: str
@@ -1361,6 +1363,7 @@ def counted_copies(engine: Engine) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_hundred_random_batches_in_full_precision_are_those_alone(
     models: dict[str, Path],
 ) -> None:

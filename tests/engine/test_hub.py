@@ -228,6 +228,7 @@ def test_a_broken_download_is_taken_up_where_it_broke(server: StandIn, tmp_path:
     assert server.begun[1] > len(whole) // 4
 
 
+@pytest.mark.slow
 def test_the_command_builds_a_model_from_the_hub(server: StandIn, tmp_path: Path) -> None:
     """The whole way, in a process of its own: the Hub's address is read when it is imported."""
     command = [sys.executable, "manage.py", "build_model", REPO, str(tmp_path / "out")]

@@ -154,6 +154,7 @@ print(allowed)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_budget_through_redis(
     redis: Redis,  # noqa: F811
     tmp_path: Path,

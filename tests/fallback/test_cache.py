@@ -163,6 +163,7 @@ def test_every_part_makes_another_key(part):
     assert set(one.places).isdisjoint(other.places)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_different_texts_have_different_keys(one, other):
     same = cache.normalised(one) == cache.normalised(other)
@@ -479,6 +480,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_answer(on_redis, tmp_path):
     environment = {
         "PATH": "/usr/bin:/bin",

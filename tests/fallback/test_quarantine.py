@@ -119,6 +119,7 @@ with kept.asked(mark_of([Message("user", "bad")])):
 """
 
 
+@pytest.mark.slow
 def test_what_a_process_died_over_is_found_by_the_next_one(folder) -> None:
     for deaths in (1, 2):
         done = subprocess.run([sys.executable, "-c", DIES, str(folder)], env=_environment())

@@ -179,6 +179,7 @@ def test_a_book_is_kept_until_a_rule_changes(wrap, django_assert_num_queries):
         book = fresh
 
 
+@pytest.mark.slow
 @pytest.mark.django_db(transaction=True)
 def test_a_change_in_another_process_is_noticed(database_file):
     Rule.objects.create(name="Gift wrap", patterns=["gift wrap"], answer="We do.")

@@ -209,6 +209,7 @@ def test_patience_is_five_seconds_ten_between_words_and_a_minute_in_all() -> Non
     assert (options.first_byte_s, options.idle_s, options.total_s) == (5.0, 10.0, 60.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "patience", "cause", "least"),
     [

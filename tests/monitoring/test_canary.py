@@ -76,15 +76,18 @@ def test_blocks_hold_one_of_the_canary_each_and_use_nobody_twice() -> None:
 # -- by simulation ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_equal_models_at_most_one_in_twenty_is_taken_back_within_5000_turns() -> None:
     """40 runs here; ``python -m tests.monitoring.canary_power`` makes thousands."""
     assert sum(judge(talks(seed, 5_000)).worse for seed in range(40)) <= 4
 
 
+@pytest.mark.slow
 def test_hours_that_are_bad_for_both_are_nobodys_fault() -> None:
     assert sum(judge(talks(seed, 3_000, share=0.3, rush=True)).worse for seed in range(20)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("worse", "name", "turns"),
     [

@@ -71,6 +71,7 @@ def breached(fitted: Fitted, window: Turns) -> set[str]:
     return {name for name, score in drift_figures.compare(fitted, window).items() if score.breached}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_quiet_month_raises_less_than_one_false_alarm(seed: int) -> None:
     """720 looks at windows that have no turn in common; every feature is looked at."""

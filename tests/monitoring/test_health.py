@@ -205,6 +205,7 @@ def test_many_probes_cost_one_query(monkeypatch, django_assert_num_queries):
 # --- A real server -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_stop_says_so_before_it_closes(database_file, tmp_path):
     def status() -> int:
         try:

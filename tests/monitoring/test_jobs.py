@@ -321,6 +321,7 @@ def test_a_killed_worker_is_noticed_and_its_job_done_by_another(worker: Any, han
     assert (job.state, job.attempt, job.result) == ("done", 2, {"by": "another"})
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_gives_its_job_back(worker: Any) -> None:
     job = jobs.open_job(KIND, "k")
     process = worker(job.pk)

@@ -93,6 +93,7 @@ def test_a_request_is_one_line_with_its_id(asked, caplog):
     assert (line["request_id"], line["view"], line["http_status"]) == ("req-7", "messages", 200)
 
 
+@pytest.mark.slow
 def test_every_line_of_a_real_server_is_an_object(ana, token_of, database_file, tmp_path):
     with serving("uvicorn", database_file, tmp_path, ASSISTANT_LOG_FORMAT="json") as server:
         say(server, token_of(ana), "/echo error=1 canaryword\nand more")

@@ -515,6 +515,7 @@ def series_of(server: Server) -> dict[tuple[Any, ...], float]:
 OK = ("assistant_requests_total", ("outcome", "ok"), ("route", "model"), ("transport", "rest"))
 
 
+@pytest.mark.slow
 def test_two_processes_add_up_and_a_killed_one_takes_only_its_gauges(
     ana, token_of, database_file, tmp_path
 ):

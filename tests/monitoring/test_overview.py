@@ -110,6 +110,7 @@ def test_every_number_leads_to_as_many_rows(client: Client, ana: User) -> None:
     assert all(rows(unescape(href)) >= 0 for href in hrefs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [*RANGES, "", "nonsense"])
 def test_each_range_of_a_full_shop_is_a_valid_page(client: Client, ana: User, key: str) -> None:
     fill(days=2, messages=300)

@@ -65,11 +65,13 @@ def test_the_configuration_is_one(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_the_rules_pass_their_own_tests():
     done = promtool("test", "rules", FOLDER / "rules_test.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_wrong_would_fail_them(tmp_path):
     for path in FOLDER.iterdir():
         shutil.copy(path, tmp_path)

@@ -340,6 +340,7 @@ async def test_a_turn_asks_the_registry_nothing(product, ana: User) -> None:
     assert found and not [sql for sql in found if "modelversion" in sql]
 
 
+@pytest.mark.slow
 async def test_turns_outlive_a_swap_and_each_row_names_one_version(
     product, folders, ana: User
 ) -> None:

@@ -77,6 +77,7 @@ def reference_of_a_week(shop: Shop) -> Fitted:
     return drift_figures.fit(rows, pace=shop.pace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", [8, 40, 200])
 def test_a_quiet_month_with_days_and_weeks_raises_no_alarm(pace: float) -> None:
     """A look an hour at the newest 500 turns. Without hours, most at 200 an hour are alarms."""

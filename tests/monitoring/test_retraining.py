@@ -299,6 +299,7 @@ def test_a_worse_candidate_is_rejected_and_the_reason_audited(
     assert version.changes.first().why == "Golden gate: Worse."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -354,6 +355,7 @@ def test_cancelling_ends_the_trainer_and_leaves_no_texts(
     assert [path.name for path in retraining.folder_of(job).iterdir()] == [trainer.LOCK]
 
 
+@pytest.mark.slow
 def test_cancelled_after_training_the_registered_model_stays_whole(
     job: Job, shop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +471,7 @@ def test_a_worker_killed_after_the_report_is_not_done_again(
     holds_one_run(done(job), shop)
 
 
+@pytest.mark.slow
 def test_the_trainer_a_killed_worker_left_behind_is_ended_before_the_next(
     job: Job, shop: Path, worker: Callable[..., Any]
 ) -> None:

