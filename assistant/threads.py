@@ -7,6 +7,7 @@ it from the very turn that is waited for.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -37,12 +38,16 @@ class Room:
     """Bounds how many requests are worked on at once; who only waits for an answer is not.
 
     Places are taken and given back on a loop; a thread may lend its own out meanwhile. Whoever
-    finds none waits for ``patience_s``, longer while the crowd is younger than ``burst_s``, and is
-    then refused, which costs no thread. Source: Maurer, "Fail at Scale", 2015 (controlled delay).
+    finds none waits for ``patience_s``, longer while the crowd is younger than ``burst_s`` and
+    nobody was refused for ``calm_s``, and is then refused, which costs no thread.
+    Source: Maurer, "Fail at Scale", 2015 (controlled delay).
     """
 
-    def __init__(self, places: int, patience_s: float, burst_s: float = 0.0) -> None:
+    def __init__(
+        self, places: int, patience_s: float, burst_s: float = 0.0, calm_s: float = 10.0
+    ) -> None:
         self._free, self._patience_s, self._burst_s = places, patience_s, burst_s
+        self._calm_s, self._refused_at = calm_s, -math.inf
         self._waiting, self._crowded_since = 0, 0.0
         self._lock = threading.Lock()
         self._crowd: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
@@ -63,9 +68,12 @@ class Room:
 
     async def _waited(self, began: float, patience_s: float) -> bool:
         loop = asyncio.get_running_loop()
-        until = max(began + patience_s, self._crowded_since + self._burst_s)
+        until = began + patience_s
+        if began - self._refused_at > self._calm_s:
+            until = max(until, self._crowded_since + self._burst_s)
         while not self._took():
             if loop.time() >= until:
+                self._refused_at = loop.time()
                 return False
             waiter = loop.create_future()
             self._crowd.append((loop, waiter))

@@ -28,7 +28,7 @@ from fallback.budget import BudgetSpent
 from fallback.matching import match
 from fallback.patience import Hurried, Patience, in_time
 from fallback.policy import Policy, policy
-from fallback.rules import Button
+from fallback.rules import Button, RuleText
 from fallback.upstream import NoConsent
 
 log = logging.getLogger(__name__)
@@ -197,32 +197,40 @@ async def _rules(way: _Way) -> Events:
     rule = _rule(way.ask)
     if rule is None:
         raise _HandOn
-    routed = Routed("rules", way.reason, rule.buttons, rule.hand_over)
-    for event in _whole(routed, rule.answer, rule.intent, way):
+    for event in _by_rule(rule, way):
         yield event
 
 
 async def _human(way: _Way) -> Events:
-    routed = Routed("human", way.reason, hand_over=True)
-    for event in _whole(routed, hand_over_text(), "", way):
+    for event in _by_person(way):
         yield event
 
 
-def _rule(ask: Ask) -> Any:
+def _by_person(way: _Way) -> list[Routed | Event]:
+    return _whole(Routed("human", way.reason, hand_over=True), hand_over_text(), "", way)
+
+
+def _rule(ask: Ask) -> RuleText | None:
     score = ask.policy.rule_score
     return match(ask.question, ask.known.rules, score=score, now=timezone.now())
+
+
+def _rule_for_person(ask: Ask, intent: str | None) -> RuleText | None:
+    """What staff say to who wants a person: a model cannot know that one is being asked."""
+    rules = (rule for rule in ask.known.rules if rule.hand_over and rule.intent == intent)
+    return next((rule for rule in rules if rule.answers_at(timezone.now())), None)
+
+
+def _by_rule(rule: RuleText, way: _Way) -> list[Routed | Event]:
+    routed = Routed("rules", way.reason, rule.buttons, rule.hand_over)
+    return _whole(routed, rule.answer, rule.intent, way)
 
 
 def _continued(way: _Way) -> list[Routed | Event]:
     """After a text that broke off: marked, and only what was written beforehand."""
     rule = _rule(way.ask)
-    if rule is None:
-        routed, text, intent = Routed("human", way.reason, hand_over=True), hand_over_text(), ""
-    else:
-        routed = Routed("rules", way.reason, rule.buttons, rule.hand_over)
-        text, intent = rule.answer, rule.intent
-    routed_first, _, *rest = _whole(routed, text, intent, way)
-    return [routed_first, Delta(INTERRUPTED), *rest]
+    routed, _, *rest = _by_rule(rule, way) if rule else _by_person(way)
+    return [routed, Delta(INTERRUPTED), *rest]
 
 
 # --- Models --------------------------------------------------------------------------------------
@@ -264,6 +272,11 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
             begun, reason = event, _judge(event, way.ask.policy.confidence_min, alone=alone)
             wanted = event.intent in settings.ASSISTANT["HAND_OVER_INTENTS"]
             person = wanted and event.band != "out_of_scope"
+            rule = _rule_for_person(way.ask, event.intent) if person and not alone else None
+            if rule is not None:
+                for told in _by_rule(rule, way):
+                    yield told
+                return
             yield Routed(called, reason or way.reason, hand_over=person)
         elif isinstance(event, Delta):
             parts.append(event.text)

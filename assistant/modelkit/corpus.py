@@ -305,10 +305,10 @@ _NEAR_SCOPE = re.compile(
 
 #: The project's own questions by group.
 _WRITTEN = {
-    "written": (*(f"natural_{part}" for part in "abcde"), "hard_negatives"),
+    "written": (*(f"natural_{part}" for part in "abcdef"), "hard_negatives"),
     "rude": ("rude", "rude_b"),
     "plain": ("plain",),
-    "talk": ("smalltalk",),
+    "talk": ("smalltalk", "smalltalk_b"),
     "written_out": (
         *("out_of_scope", "out_of_scope_b", "out_of_scope_c", "out_of_scope_d"),
         *("injection", "injection_b"),

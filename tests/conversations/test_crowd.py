@@ -56,6 +56,19 @@ async def test_a_burst_is_waited_for_longer_than_a_crowd_that_lasts() -> None:
     assert late.done() and late.result() is False
 
 
+async def test_who_comes_while_others_are_refused_is_no_burst() -> None:
+    room = Room(places=1, patience_s=0, burst_s=0.05, calm_s=0.1)
+    assert await room.take()
+    assert await room.take() is False
+    began = time.monotonic()
+    assert await room.take() is False
+    assert time.monotonic() - began < 0.04
+    await asyncio.sleep(0.12)
+    began = time.monotonic()
+    assert await room.take() is False
+    assert time.monotonic() - began >= 0.04
+
+
 async def test_one_may_wait_longer_than_the_others() -> None:
     room = Room(places=1, patience_s=0.01)
     assert await room.take()

@@ -334,3 +334,16 @@ async def test_who_asks_a_model_for_a_person_gets_its_answer_and_a_person(writin
     assert (await events_of(ask("a person please")))[0] == Routed("model", hand_over=True)
     writing.band = "out_of_scope"
     assert (await events_of(ask("weather please")))[0] == Routed("model", "out_of_scope")
+
+
+async def test_who_wants_a_person_hears_so_in_words_of_staff_who_know_that_one_is_asked(
+    writing, settings
+):
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["cancel_order"]}
+    rule = RuleText("person", (), "I've asked a person.", "cancel_order", hand_over=True)
+    known = Known((replace(rule, hand_over=False), rule), {})
+    events = await events_of(Ask((Message("user", "somebody real please"),), Params(), known))
+    assert events[0] == Routed("rules", hand_over=True)
+    assert text_of(events) == "I've asked a person."
+    alone = await events_of(Ask((Message("user", "cancel it"),), Params(), known, ("echo",)))
+    assert alone[0].route == "model" and "asked a person" not in text_of(alone)
