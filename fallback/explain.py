@@ -153,11 +153,12 @@ async def _first_word(alias: str, ask: Ask) -> Rung:
         async with aclosing(cast(Any, events)) as stream:
             async for event in stream:
                 if isinstance(event, Started):
-                    return _judged(alias, event, ask.policy.confidence_min)
+                    return _judged(alias, event, ask)
     return Rung(alias, False, None, "it said nothing")
 
 
-def _judged(alias: str, started: Started, least: float) -> Rung:
+def _judged(alias: str, started: Started, ask: Ask) -> Rung:
+    least = ask.policy.confidence_min
     what = f"{started.intent or 'no intent'}, in scope {_percent(started.scope)}"
     if started.confidence is not None and started.confidence < least:
         return Rung(alias, False, started.confidence, f"{what}: less sure than {least:.0%}")
@@ -167,8 +168,11 @@ def _judged(alias: str, started: Started, least: float) -> Rung:
         "hand_on": "too unsure: hands on",
         "out_of_scope": "not ours: politely declines",
     }
-    answers = started.band != "hand_on"
-    return Rung(alias, answers, started.confidence, f"{what}: {words[started.band]}")
+    answers, why = started.band != "hand_on", f"{what}: {words[started.band]}"
+    if answers and (rule := router.rule_for_person(ask, started)):
+        why += f'; wants a person: one is asked, and rule "{rule.name}" says so'
+        return Rung(alias, True, started.confidence, why, _beginning(rule.answer))
+    return Rung(alias, answers, started.confidence, why)
 
 
 def _percent(value: float | None) -> str:

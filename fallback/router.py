@@ -215,10 +215,17 @@ def _rule(ask: Ask) -> RuleText | None:
     return match(ask.question, ask.known.rules, score=score, now=timezone.now())
 
 
-def _rule_for_person(ask: Ask, intent: str | None) -> RuleText | None:
+def rule_for_person(ask: Ask, started: Started) -> RuleText | None:
     """What staff say to who wants a person: a model cannot know that one is being asked."""
-    rules = (rule for rule in ask.known.rules if rule.hand_over and rule.intent == intent)
+    if not _wants_person(started):
+        return None
+    rules = (rule for rule in ask.known.rules if rule.hand_over and rule.intent == started.intent)
     return next((rule for rule in rules if rule.answers_at(timezone.now())), None)
+
+
+def _wants_person(started: Started) -> bool:
+    wanted = started.intent in settings.ASSISTANT["HAND_OVER_INTENTS"]
+    return wanted and started.band != "out_of_scope"
 
 
 def _by_rule(rule: RuleText, way: _Way) -> list[Routed | Event]:
@@ -270,14 +277,11 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
     async for event in events:
         if isinstance(event, Started):
             begun, reason = event, _judge(event, way.ask.policy.confidence_min, alone=alone)
-            wanted = event.intent in settings.ASSISTANT["HAND_OVER_INTENTS"]
-            person = wanted and event.band != "out_of_scope"
-            rule = _rule_for_person(way.ask, event.intent) if person and not alone else None
-            if rule is not None:
+            if not alone and (rule := rule_for_person(way.ask, event)):
                 for told in _by_rule(rule, way):
                     yield told
                 return
-            yield Routed(called, reason or way.reason, hand_over=person)
+            yield Routed(called, reason or way.reason, hand_over=_wants_person(event))
         elif isinstance(event, Delta):
             parts.append(event.text)
         yield event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from django.core.management import CommandError, call_command
 from django.urls import reverse
 
 from assistant.errors import InvalidRequest
+from assistant.types import Message, Params, Started
 from fallback import answers, breaker, explain
 from fallback.models import PolicyChange, ReviewedAnswer, Rule
 from fallback.policy import policy
+from fallback.router import Ask
+from fallback.rules import RuleText
 
 pytestmark = pytest.mark.django_db(transaction=True)
 PAGE = "admin:fallback_policychange_changelist"
@@ -64,6 +68,16 @@ def test_every_step_is_shown_with_its_score_and_why(capsys: pytest.CaptureFixtur
     assert not by_step["echo"]["answers"] and by_step["echo"]["score"] == 0.2
     assert "hands on" in by_step["echo"]["why"]
     assert by_step["rules"]["answers"] and by_step["rules"]["text"] == "Go to orders."
+
+
+def test_who_wants_a_person_is_answered_by_the_rule_that_asks_one() -> None:
+    rule = RuleText("person", (), "One is asked.", "contact_human_agent", hand_over=True)
+    ask = Ask((Message("user", "somebody real"),), Params(), answers.Known((rule,), {}))
+    wanted = Started("m", intent="contact_human_agent", confidence=0.9, band="answer")
+    rung = explain._judged("model", wanted, ask)
+    assert rung.answers and rung.text == "One is asked." and '"person" says so' in rung.why
+    unsure = explain._judged("model", replace(wanted, band="hand_on"), ask)
+    assert not unsure.answers and not unsure.text
 
 
 def test_the_step_that_answers_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
