@@ -168,6 +168,7 @@ async def test_answers_written_at_the_same_time_do_not_mix(backend: Backend) -> 
 async def test_a_reader_who_leaves_stops_the_work(
     backend: Backend, server_elsewhere: StandIn
 ) -> None:
+    server_elsewhere.pause_s = 0.01  # not done before its reader has left
     stream: Any = backend.stream(QUESTION, Params(max_new_tokens=900))
     async for event in stream:
         if isinstance(event, Delta):
@@ -184,6 +185,7 @@ async def test_a_reader_who_leaves_stops_the_work(
 
 async def test_a_cancelled_task_stops_the_work(backend: Backend, server_elsewhere: StandIn) -> None:
     begun = asyncio.Event()
+    server_elsewhere.pause_s = 0.01
 
     async def read() -> None:
         async for _ in backend.stream(QUESTION, Params(max_new_tokens=900)):

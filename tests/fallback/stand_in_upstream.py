@@ -46,7 +46,7 @@ CAUSES = {
 
 @dataclass
 class StandIn:
-    """``pause_s``: between words in the mode ``trickle``. ``say``: the words it answers with."""
+    """``pause_s``: between words (modes ``trickle``, ``able``). ``say``: the words it answers with."""
 
     port: int
     scheme: str = "http"
@@ -109,7 +109,7 @@ class StandIn:
         await _head(send, 200, "text/event-stream")
         for _ in range(body["max_tokens"]):
             await _event(send, {"content": f"{words.choice(ABLE)} "})
-            await asyncio.sleep(0.0005)
+            await asyncio.sleep(self.pause_s or 0.0005)
         await _event(send, {}, finish="length")
         read = sum(len(message["content"].split()) for message in body["messages"])
         usage = {"prompt_tokens": read, "completion_tokens": body["max_tokens"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import uuid
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -164,7 +165,9 @@ def ask(
     rng, start = random.Random(seed), at or version.changed_at + LATER
     rows, held = [], []
     for number in range(n):
-        conversation = Conversation(title=f"{seed}-{number}")
+        # Which of them get the canary is drawn from their keys.
+        key = uuid.UUID(int=rng.getrandbits(128), version=4)
+        conversation = Conversation(pk=key, title=f"{seed}-{number}")
         mine = registry.gets_canary(str(conversation.pk), version.sha256, version.canary_percent)
         told: dict[str, Any] = {
             "route": "model", "status": "complete", "model": version.label if mine else "m@1",
