@@ -46,7 +46,7 @@ CAUSES = {
 
 @dataclass
 class StandIn:
-    """``pause_s``: between words (modes ``trickle``, ``able``). ``say``: the words it answers with."""
+    """``pause_s``: between words (``trickle``, ``able``). ``say``: the words it answers with."""
 
     port: int
     scheme: str = "http"
