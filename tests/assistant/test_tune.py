@@ -77,7 +77,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         tune, "gentle", lambda *args: replace(gentle(*args), learning_rate=5e-3, batch_tokens=512)
     )
     monkeypatch.setattr(
-        corpus, "written", lambda name: WRITTEN(name)[:: 20 if name == "natural_dev" else 1]
+        corpus,
+        "written",
+        lambda *names: WRITTEN(*names)[:: 20 if names == ("natural_dev",) else 1],
     )
     monkeypatch.setattr(judging, "MOST_LOST", 1.0)
 
