@@ -53,8 +53,8 @@ class Room:
         self._crowd: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._mine = threading.local()
 
-    async def take(self, patience_s: float | None = None) -> bool:
-        """Whether there is a place, now or within a moment, or within ``patience_s``."""
+    async def take(self) -> bool:
+        """Whether there is a place, now or in a moment."""
         if self._took():
             return True
         began = asyncio.get_running_loop().time()
@@ -62,13 +62,13 @@ class Room:
             self._crowded_since = began
         self._waiting += 1
         try:
-            return await self._waited(began, patience_s or self._patience_s)
+            return await self._waited(began)
         finally:
             self._waiting -= 1
 
-    async def _waited(self, began: float, patience_s: float) -> bool:
+    async def _waited(self, began: float) -> bool:
         loop = asyncio.get_running_loop()
-        until = began + patience_s
+        until = began + self._patience_s
         if began - self._refused_at > self._calm_s:
             until = max(until, self._crowded_since + self._burst_s)
         while not self._took():

@@ -50,6 +50,8 @@ def whole_stack(model: Path, threads: int, sizes: Sizes) -> Measured:
             "ASSISTANT_THREADS": str(threads),
             "ASSISTANT_MAX_BATCH": str(sizes.batch),
             "ASSISTANT_MAX_TURNS_PER_CALLER": str(sizes.batch),
+            # All sockets open in the same moment: none is to be turned away as a crowd.
+            "ASSISTANT_REQUESTS_AT_ONCE": str(sizes.batch),
             "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(sizes.batch * (sizes.rounds + 1)),
         }
         with Server(Path(folder), **environment) as server:

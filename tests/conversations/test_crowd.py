@@ -69,15 +69,6 @@ async def test_who_comes_while_others_are_refused_is_no_burst() -> None:
     assert time.monotonic() - began >= 0.04
 
 
-async def test_one_may_wait_longer_than_the_others() -> None:
-    room = Room(places=1, patience_s=0.01)
-    assert await room.take()
-    patient = asyncio.create_task(room.take(5))
-    assert not await room.take()
-    room.leave()
-    assert await asyncio.wait_for(patient, 2)
-
-
 async def test_whoever_leaves_the_crowd_takes_nobodys_place() -> None:
     room = Room(places=1, patience_s=5)
     assert await room.take()
@@ -143,16 +134,15 @@ async def _asked(method: str, path: str) -> Any:
 
 # --- Sockets -------------------------------------------------------------------------------------
 
-#: To say no in, with ten handshakes on a busy machine.
-NO_WITHIN_S = 0.05 + 0.95
+#: To say no in, with the rest of ten handshakes on a busy machine.
+NO_WITHIN_S = 0.3 + 0.7
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_a_crowd_of_connects_that_waited_in_vain_hears_no_and_why(
+async def test_a_crowd_of_connects_hears_no_at_once_and_why(
     ana: User, cookie_of: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(consumers, "room", Room(places=0, patience_s=0))
-    monkeypatch.setattr(consumers, "PLACE_WITHIN_S", 0.05)
+    monkeypatch.setattr(consumers, "room", Room(places=0, patience_s=0.05))
     scopes: list[str] = []
 
     def count(scope: str, **_: Any) -> None:
