@@ -239,6 +239,8 @@ def test_the_table_alone_is_fitted_anew_beside_the_same_network(
 def test_a_table_stands_beside_a_built_model_only(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="--table needs a built model"):
         train(data, tmp_path / "run", "--table")
+    with pytest.raises(CommandError, match="no file of corrections"):
+        train(tmp_path / "fixes.jsonl", tmp_path / "run", "--table", "--from", "bundled")
     assert not (tmp_path / "run").exists()
 
 

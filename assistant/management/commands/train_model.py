@@ -86,7 +86,12 @@ class Command(BaseCommand):
 
         faults = (CorpusError, OSError, BuildError, CheckpointError, ManifestError, RevisionError)
         try:
-            self._correct(options) if corrections else self._run(options)
+            if corrections:
+                self._correct(options)
+            elif options["table"]:
+                self._refit(options)
+            else:
+                self._run(options)
         except faults as error:
             raise CommandError(str(error)) from error
         except KeyboardInterrupt as interrupt:
@@ -129,37 +134,22 @@ class Command(BaseCommand):
 
     def _run(self, options: dict[str, Any]) -> None:
         from assistant import facts
-        from assistant.modelkit import corpus, train
+        from assistant.modelkit import train
         from assistant.modelkit.calibrate import natural_accuracy
         from assistant.modelkit.examples import TrainConfig
         from assistant.modelkit.finish import finish
-        from assistant.modelkit.revision import refuse_full_disk, refuse_overwriting, unpacked
+        from assistant.modelkit.revision import unpacked
         from assistant.modelkit.unpack import is_built
 
         start = _start(options["start"])
-        if options["table"] and (start is None or not is_built(start)):
-            raise CommandError(
-                "--table needs a built model beside whose network the table stands: "
-                "--from bundled, or --from with the folder of a built model."
-            )
         config = TrainConfig(
             minutes=options["minutes"] or 75.0, seed=options["seed"], device=options["device"]
         )
         if start:
             config = config.tuning()
-        refuse_overwriting(options["out"], _in_use())
-        refuse_full_disk(options["out"], _USUAL_PARAMETERS)
         if options["no_teacher"]:
             config = config.without_teacher()
-        self.stdout.write("reading and cleaning the data ...")
-        found = corpus.build(options["data"], seed=options["seed"], evaluation=_golden())
-        self.stdout.write(
-            f"{len(found.labelled):,} questions, {len(found.unlabelled):,} unlabelled"
-        )
-        _refuse_uncalibratable(found.dev)
-        if options["table"]:
-            assert start is not None
-            return self._refit(start, found, options)
+        found = self._corpus(options)
         if start and is_built(start):
             start = unpacked(start, options["out"])
         model = train.train(
@@ -179,12 +169,35 @@ class Command(BaseCommand):
         )  # fmt: skip
         self.stdout.write(self.style.SUCCESS(f"built {card.parent}"))
 
-    def _refit(self, built: Path, found: Corpus, options: dict[str, Any]) -> None:
+    def _corpus(self, options: dict[str, Any]) -> Corpus:
+        """What is trained on, once it is sure that the run can be written."""
+        from assistant.modelkit import corpus
+        from assistant.modelkit.revision import refuse_full_disk, refuse_overwriting
+
+        refuse_overwriting(options["out"], _in_use())
+        refuse_full_disk(options["out"], _USUAL_PARAMETERS)
+        self.stdout.write("reading and cleaning the data ...")
+        found = corpus.build(options["data"], seed=options["seed"], evaluation=_golden())
+        self.stdout.write(
+            f"{len(found.labelled):,} questions, {len(found.unlabelled):,} unlabelled"
+        )
+        _refuse_uncalibratable(found.dev)
+        return found
+
+    def _refit(self, options: dict[str, Any]) -> None:
         from assistant import facts
         from assistant.engine.manifest import Manifest
         from assistant.modelkit.refit import refit
         from assistant.modelkit.revision import next_version
+        from assistant.modelkit.unpack import is_built
 
+        built = _start(options["start"])
+        if built is None or not is_built(built):
+            raise CommandError(
+                "--table needs a built model beside whose network the table stands: "
+                "--from bundled, or --from with the folder of a built model."
+            )
+        found = self._corpus(options)
         version = options["model_version"] or next_version(Manifest.load(built).version)
         card = refit(
             built, found, facts.mask, options["out"], version,
@@ -230,6 +243,8 @@ def _in_use() -> list[Path]:
 
 def _refuse_missing(options: dict[str, Any], corrections: bool) -> None:
     """What would be missed only after an hour is missed now. Raises: CommandError."""
+    if corrections and options["table"]:
+        raise CommandError("--table reads the public sets (--data DIR), no file of corrections.")
     wanted = ["torch", "onnx", "safetensors"]
     if not corrections:
         taught = not (options["no_teacher"] or options["table"])
