@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import django
@@ -29,8 +28,7 @@ from channels.sessions import CookieMiddleware  # type: ignore[import-untyped]  
 from django.conf import settings  # noqa: E402
 from django.http.request import split_domain_port, validate_host  # noqa: E402
 
-from config.handler import OneThreadHandler  # noqa: E402
-from conversations import wire  # noqa: E402
+from config.handler import OneThreadHandler, send_problem  # noqa: E402
 from conversations.urls import websocket_urlpatterns  # noqa: E402
 
 #: A browser sends twenty headers and, with the cookies of a whole product, some kilobytes.
@@ -101,11 +99,8 @@ class Bounded:
         if scope["type"] == "websocket":
             return await WebsocketDenier.as_asgi()(scope, receive, send)
         status, told = refusal
-        about = SimpleNamespace(path=scope["path"])
-        body = wire.encode(wire.problem("invalid_request", status, told, about)).encode()
-        kind = [(b"content-type", b"application/problem+json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": status, "headers": kind})
-        await send({"type": "http.response.body", "body": body})
+        closed = (b"connection", b"close")
+        await send_problem(scope, send, "invalid_request", status, told, closed)
 
 
 def _refusal(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:

@@ -5,7 +5,7 @@ one: 14 changes a request, three of its six milliseconds. Here the middleware an
 are all synchronous, run behind one change, and so does what Django does around a request: its
 signals and the closing of a reply. Static files need no thread and come before it. More questions
 than can be worked on are refused before they cost a thread, so that those that were let in are
-answered at the usual pace.
+answered at the usual pace: no request is made of them, no line is logged for each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from types import SimpleNamespace
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -22,7 +23,7 @@ from django.core.handlers.asgi import ASGIHandler, get_script_prefix
 from django.core.handlers.exception import convert_exception_to_response
 from django.core.signals import request_started
 from django.db import close_old_connections
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 from servestatic.middleware import ServeStaticMiddleware
@@ -51,17 +52,24 @@ class OneThreadHandler(ASGIHandler):
             body = await self.read_body(receive)
         except RequestAborted:
             return
-        with closing(body):
+        with closing(body), ExitStack() as place:
+            if scope["path"].startswith(_SHED):
+                if not await room.take():
+                    await _refuse(scope, send)
+                    return
+                place.callback(room.leave)
             set_script_prefix(get_script_prefix(scope))
             request, refusal = self.create_request(scope, body)
             if refusal is not None:
                 await self.send_response(refusal, send)
             else:
-                await self._while_listening(self._answer(request, send), receive)
+                await self._while_listening(self._answer(request, send, place), receive)
 
-    async def _answer(self, request: Any, send: Any) -> None:
-        """Cancelled when the client is gone; what a reply holds is closed all the same."""
+    async def _answer(self, request: Any, send: Any, place: ExitStack) -> None:
+        """Cancelled when the client is gone; what a reply holds is closed all the same. Who reads
+        its reply slowly is not worked on: its place is another's."""
         response = await self.run_get_response(request)
+        place.close()
         try:
             with suppress(asyncio.CancelledError):
                 await self.send_response(response, send)
@@ -95,39 +103,49 @@ class OneThreadHandler(ASGIHandler):
                 close_old_connections()
 
         self._middleware_chain = convert_exception_to_response(
-            ServeStaticMiddleware(_shedding(respond))
+            ServeStaticMiddleware(_in_threads(respond))
         )
 
 
-def _shedding(respond: Callable[[HttpRequest], HttpResponseBase]) -> Any:
-    """That in a thread: at once for pages and probes, for the API while there is room."""
+def _in_threads(respond: Callable[[HttpRequest], HttpResponseBase]) -> Any:
+    """That in a thread, which may lend out its request's place while it waits."""
 
     def placed(request: HttpRequest) -> HttpResponseBase:
         with room.worked_in():
             return respond(request)
 
-    at_once = sync_to_async(respond, thread_sensitive=False, executor=_threads)
+    usual = sync_to_async(respond, thread_sensitive=False, executor=_threads)
     in_place = sync_to_async(placed, thread_sensitive=False, executor=_threads)
 
-    async def admitted(request: HttpRequest) -> HttpResponseBase:
-        if not request.path.startswith(_SHED):
-            return await at_once(request)
-        if not await room.take():
-            return _refused(request)
-        try:
-            return await in_place(request)
-        finally:
-            room.leave()
+    async def answered(request: HttpRequest) -> HttpResponseBase:
+        work = in_place if request.path.startswith(_SHED) else usual
+        return await work(request)
 
-    return admitted
+    return answered
 
 
-def _refused(request: HttpRequest) -> HttpResponse:
-    from conversations import wire
+# -- without Django -------------------------------------------------------------------------------
+
+
+async def _refuse(scope: Any, send: Any) -> None:
+    """For a request of the API that found no room."""
     from conversations.turn import Turn, turn_refused
 
     turn_refused.send_robust(sender=Turn, transport="rest", code="overloaded")
     told = "More is asked here than can be answered. Try again in a moment."
-    body = wire.encode(wire.problem("overloaded", 503, told, request))
-    kind = "application/problem+json"
-    return HttpResponse(body, kind, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+    again = (b"retry-after", str(RETRY_AFTER_S).encode())
+    await send_problem(scope, send, "overloaded", 503, told, again)
+
+
+async def send_problem(
+    scope: Any, send: Any, code: str, status: int, detail: str, *headers: tuple[bytes, bytes]
+) -> None:
+    """An error as ``application/problem+json`` before any request was made of ``scope``."""
+    from conversations import wire
+
+    about = SimpleNamespace(path=scope["path"])
+    body = wire.encode(wire.problem(code, status, detail, about)).encode()
+    length = (b"content-length", str(len(body)).encode())
+    told = [(b"content-type", b"application/problem+json"), length, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": told})
+    await send({"type": "http.response.body", "body": body})

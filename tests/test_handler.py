@@ -13,6 +13,8 @@ from django.core.signals import request_finished, request_started
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
+from assistant.threads import Room
+from config import handler
 from config.handler import OneThreadHandler
 
 #: Threads of earlier tests hold connections, which are looked at around a request.
@@ -54,6 +56,7 @@ urlpatterns = [
     path("endless", lambda request: StreamingHttpResponse(Pieces(2))),
     path("broken", lambda request: 1 / 0),
 ]
+urlpatterns += [path(f"api/{one.pattern}", one.callback) for one in urlpatterns]
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +110,31 @@ async def test_a_stream_is_closed_at_its_end_or_if_its_client_left(where: str, c
     assert head["status"] == 200
     assert [what for what, _ in seen] == ["started", "closed", "finished"]
     assert {thread for what, thread in seen if what != "started"}.isdisjoint({"MainThread"})
+
+
+@pytest.mark.parametrize("where", ["plain", "stream", "endless", "broken"])
+async def test_a_place_is_given_back_once_before_its_reply_is_read(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(places=1, patience_s=0)
+    monkeypatch.setattr(handler, "room", room)
+    for _ in range(2):
+        head, *_ = await asked(f"api/{where}", "http.disconnect" if where == "endless" else None)
+        assert head["status"] == (500 if where == "broken" else 200)
+    assert await room.take() and not await room.take()
+
+
+async def test_a_reader_that_takes_its_time_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(places=1, patience_s=0)
+    monkeypatch.setattr(handler, "room", room)
+    scope = {"type": "http", "method": "GET", "path": "/api/endless", "headers": []}
+    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+    await server.send_input({"type": "http.request", "body": b""})
+    assert (await server.receive_output(5))["status"] == 200
+    assert await room.take()
+    await server.send_input({"type": "http.disconnect"})
+    await server.wait(5)
+    assert not await room.take()  # it was not given back a second time
 
 
 async def test_a_client_that_left_before_its_answer_gets_none_and_breaks_nothing() -> None:
