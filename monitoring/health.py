@@ -1,7 +1,8 @@
 """Whether this process should be sent users: the model loaded, room in its queue, a database.
 
 Degraded is not dead: without its model the product still answers by rules, so it is ready and says
-what is missing. Loading is slow, so the first question about it starts it and nobody waits.
+what is missing. Loading is slow, so the first question about it starts it and nobody waits; the
+rules learn with it.
 Knows no HTTP.
 """
 
@@ -19,6 +20,7 @@ from django.db import DatabaseError, connection
 from assistant import backends
 from assistant.backends.base import Backend
 from assistant.errors import AssistantError
+from fallback import answers
 from monitoring.draining import drain
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class _Loader:
         except Exception as error:
             log.exception("loading %s broke", alias)
             self._problem, self._failed_at = type(error).__name__, self._clock()
+        _learn_rules()
 
 
 class Checker:
@@ -129,6 +132,16 @@ checker = Checker()
 
 
 # --- What may be wrong ---------------------------------------------------------------------------
+
+
+def _learn_rules() -> None:
+    """They learn from their sentences for a second or two: before a first question, not at it."""
+    try:
+        answers.known()
+    except Exception as error:  # such as a database that is away; a question will try again
+        log.warning("the rules have not learned yet: %s", type(error).__name__)
+    finally:
+        connection.close()  # this thread's own
 
 
 def _draining() -> str:

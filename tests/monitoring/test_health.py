@@ -16,6 +16,7 @@ from django.test import Client
 
 from assistant import backends
 from assistant.engine.worker import EngineConfig, EngineStats
+from fallback import answers
 from monitoring import health
 from monitoring.draining import drain
 from monitoring.health import Checker
@@ -67,6 +68,22 @@ def test_alive_says_ok_and_asks_nothing(django_assert_num_queries):
     with django_assert_num_queries(0):
         reply = Client().get("/livez")
     assert (reply.status_code, reply.content) == (200, b"ok")
+
+
+def test_whoever_is_ready_has_rules_that_have_learned(monkeypatch):
+    answers.forget()
+    settled()
+    monkeypatch.setattr(answers, "_load", lambda: pytest.fail("read at the first question"))
+    assert answers.known().policy is None
+
+
+def test_rules_that_cannot_be_read_yet_keep_nobody_away(monkeypatch, caplog):
+    def away() -> None:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(answers, "known", away)
+    settled()
+    assert "have not learned yet: OperationalError" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/healthz", "/health"])
