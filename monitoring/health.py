@@ -81,6 +81,7 @@ class _Loader:
         return engine.stats().state == "running"
 
     def _load(self, alias: str) -> None:
+        _learn_rules()
         try:
             backend = backends.get(alias)
             backend.check()
@@ -90,7 +91,6 @@ class _Loader:
         except Exception as error:
             log.exception("loading %s broke", alias)
             self._problem, self._failed_at = type(error).__name__, self._clock()
-        _learn_rules()
 
 
 class Checker:
