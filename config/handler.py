@@ -52,24 +52,23 @@ class OneThreadHandler(ASGIHandler):
             body = await self.read_body(receive)
         except RequestAborted:
             return
-        with closing(body), ExitStack() as place:
-            if scope["path"].startswith(_SHED):
-                if not await room.take():
-                    await _refuse(scope, send)
-                    return
-                place.callback(room.leave)
-            set_script_prefix(get_script_prefix(scope))
-            request, refusal = self.create_request(scope, body)
-            if refusal is not None:
-                await self.send_response(refusal, send)
-            else:
-                await self._while_listening(self._answer(request, send, place), receive)
+        with closing(body):
+            await self._while_listening(self._answer(scope, body, send), receive)
 
-    async def _answer(self, request: Any, send: Any, place: ExitStack) -> None:
+    async def _answer(self, scope: Any, body: Any, send: Any) -> None:
         """Cancelled when the client is gone; what a reply holds is closed all the same. Who reads
         its reply slowly is not worked on: its place is another's."""
-        response = await self.run_get_response(request)
-        place.close()
+        with ExitStack() as place:
+            if scope["path"].startswith(_SHED):
+                if not await room.take():
+                    return await _refuse(scope, send)
+                place.callback(room.leave)
+            set_script_prefix(get_script_prefix(scope))
+            request: Any  # one of the two
+            request, refusal = self.create_request(scope, body)
+            if refusal is not None:
+                return await self.send_response(refusal, send)
+            response = await self.run_get_response(request)
         try:
             with suppress(asyncio.CancelledError):
                 await self.send_response(response, send)

@@ -143,3 +143,17 @@ async def test_a_client_that_left_before_its_answer_gets_none_and_breaks_nothing
     await server.send_input({"type": "http.disconnect"})
     await server.wait(5)
     assert await server.receive_nothing() and seen == []
+
+
+async def test_who_leaves_the_crowd_is_not_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(places=0, patience_s=60)
+    monkeypatch.setattr(handler, "room", room)
+    scope = {"type": "http", "method": "GET", "path": "/api/plain", "headers": []}
+    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+    await server.send_input({"type": "http.request", "body": b""})
+    assert await server.receive_nothing()
+    await server.send_input({"type": "http.disconnect"})
+    await server.wait(5)
+    room.leave()
+    assert await server.receive_nothing() and seen == []
+    assert await room.take()
