@@ -19,6 +19,8 @@ from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
 from django.db import close_old_connections
 
+from assistant.errors import Overloaded
+
 T = TypeVar("T")
 
 
@@ -123,6 +125,12 @@ class Room:
                 self._free -= 1
 
 
+def crowded() -> Overloaded:
+    """What is told to whoever found no place, over any transport."""
+    told = "More is asked here than can be answered. Try again in a moment."
+    return Overloaded(told, retry_after_s=2.0)
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -130,6 +138,6 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 #: An interpreter works on one request at a time; more of them only keep the loop, and with it the
 #: answers being written, from its turn: with 8 places a model wrote 59 % of its usual at five times
-#: its capacity, with 3 of them 92 %. Patience is a third of the 0.3 s to say no in; with two thirds
-#: a tenth fewer answers were written, and those of rules and people came twice as late.
+#: its capacity, with 3 of them 92 %. Patience is a third of the 0.3 s to say no in: who waits
+#: longer in such a crowd is only later.
 room = Room(settings.ASSISTANT_REQUESTS_AT_ONCE, patience_s=0.1, burst_s=0.8)

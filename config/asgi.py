@@ -4,9 +4,9 @@ A socket with a session cookie must come from a page of this origin, or any site
 visitor's name. A socket with a bearer token carries no cookie, so it needs no origin; nor does one
 that has neither cookie nor origin, as no browser's has, and says its token in its first frame.
 
-What is loaded by now stays, so the garbage collector passes it by: under load it took 4 % of the
-interpreter and stopped every answer for up to a fifth of a second. Source: Instagram Engineering,
-"Copy-on-write friendly Python garbage collection", 2017.
+What is loaded by now stays, so the garbage collector passes it by, and looks at the rest less
+often: under load it took 4 % of the interpreter and stopped every answer for up to a fifth of a
+second. Source: Instagram Engineering, "Copy-on-write friendly Python garbage collection", 2017.
 """
 
 from __future__ import annotations

@@ -28,15 +28,14 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 from servestatic.middleware import ServeStaticMiddleware
 
-from assistant.threads import room
+from assistant.threads import crowded, room
 
 #: Requests at a time; more wait. One that waits for its whole answer holds a thread meanwhile, so
 #: this is well above what the engine's queue lets in.
 MOST_REQUESTS = 256
 
-#: Paths whose requests are refused in a crowd, and when they may come back.
+#: Paths whose requests are refused in a crowd.
 _SHED = ("/api/", "/v1/")
-RETRY_AFTER_S = 2
 
 #: Threads are kept, and with them SQLite's connections.
 _threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix="request")
@@ -130,10 +129,10 @@ async def _refuse(scope: Any, send: Any) -> None:
     """For a request of the API that found no room."""
     from conversations.turn import Turn, turn_refused
 
-    turn_refused.send_robust(sender=Turn, transport="rest", code="overloaded")
-    told = "More is asked here than can be answered. Try again in a moment."
-    again = (b"retry-after", str(RETRY_AFTER_S).encode())
-    await send_problem(scope, send, "overloaded", 503, told, again)
+    error = crowded()
+    turn_refused.send_robust(sender=Turn, transport="rest", code=error.code)
+    again = (b"retry-after", f"{error.retry_after_s:.0f}".encode())
+    await send_problem(scope, send, error.code, 503, error.message, again)
 
 
 async def send_problem(

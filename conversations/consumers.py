@@ -16,7 +16,7 @@ from typing import Any
 from channels.generic.websocket import AsyncWebsocketConsumer  # type: ignore[import-untyped]
 
 from assistant.errors import AssistantError, InvalidRequest, NotFound, Overloaded
-from assistant.threads import in_thread, room
+from assistant.threads import crowded, in_thread, room
 from conversations import wire
 from conversations.access import (
     Credential,
@@ -50,8 +50,6 @@ SEND_TIMEOUT_S = 10.0
 SETTLE_S = 3.0
 #: A socket that came without a login has so long to say a token.
 AUTH_WITHIN_S = 5.0
-#: When a socket that found no room may come back, in seconds; as a request of the API.
-RETRY_AFTER_S = 2.0
 
 
 class SignedOut(Exception):
@@ -167,8 +165,7 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     async def _in_place(self) -> tuple[Caller | None, bool]:
         """Who it is, found out in one of the places that requests share. Raises: Overloaded."""
         if not await room.take():
-            told = "More is asked here than can be answered. Try again in a moment."
-            raise Overloaded(told, retry_after_s=RETRY_AFTER_S)
+            raise crowded()
         try:
             return await in_thread(self._arrive)
         finally:
