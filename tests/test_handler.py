@@ -74,9 +74,14 @@ def signals(settings: Any) -> Iterator[None]:
         signal.disconnect(receiver)
 
 
-async def asked(where: str, client: Any = None) -> list[dict[str, Any]]:
+def server(where: str) -> Any:
+    """To be told what a client sends, and asked what it is sent."""
     scope = {"type": "http", "method": "GET", "path": f"/{where}", "headers": []}
-    with_server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+    return ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
+
+
+async def asked(where: str, client: Any = None) -> list[dict[str, Any]]:
+    with_server = server(where)
     await with_server.send_input({"type": "http.request", "body": b""})
     told = [await with_server.receive_output(5)]
     while len(told) == 1 or told[-1].get("more_body"):
@@ -127,33 +132,30 @@ async def test_a_place_is_given_back_once_before_its_reply_is_read(
 async def test_a_reader_that_takes_its_time_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     room = Room(places=1, patience_s=0)
     monkeypatch.setattr(handler, "room", room)
-    scope = {"type": "http", "method": "GET", "path": "/api/endless", "headers": []}
-    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
-    await server.send_input({"type": "http.request", "body": b""})
-    assert (await server.receive_output(5))["status"] == 200
+    asking = server("api/endless")
+    await asking.send_input({"type": "http.request", "body": b""})
+    assert (await asking.receive_output(5))["status"] == 200
     assert await room.take()
-    await server.send_input({"type": "http.disconnect"})
-    await server.wait(5)
+    await asking.send_input({"type": "http.disconnect"})
+    await asking.wait(5)
     assert not await room.take()  # it was not given back a second time
 
 
 async def test_a_client_that_left_before_its_answer_gets_none_and_breaks_nothing() -> None:
-    scope = {"type": "http", "method": "GET", "path": "/plain", "headers": []}
-    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
-    await server.send_input({"type": "http.disconnect"})
-    await server.wait(5)
-    assert await server.receive_nothing() and seen == []
+    asking = server("plain")
+    await asking.send_input({"type": "http.disconnect"})
+    await asking.wait(5)
+    assert await asking.receive_nothing() and seen == []
 
 
 async def test_who_leaves_the_crowd_is_not_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     room = Room(places=0, patience_s=60)
     monkeypatch.setattr(handler, "room", room)
-    scope = {"type": "http", "method": "GET", "path": "/api/plain", "headers": []}
-    server = ApplicationCommunicator(OneThreadHandler(), {**scope, "query_string": b""})
-    await server.send_input({"type": "http.request", "body": b""})
-    assert await server.receive_nothing()
-    await server.send_input({"type": "http.disconnect"})
-    await server.wait(5)
+    asking = server("api/plain")
+    await asking.send_input({"type": "http.request", "body": b""})
+    assert await asking.receive_nothing()
+    await asking.send_input({"type": "http.disconnect"})
+    await asking.wait(5)
     room.leave()
-    assert await server.receive_nothing() and seen == []
+    assert await asking.receive_nothing() and seen == []
     assert await room.take()
