@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -1418,15 +1419,40 @@ def test_a_next_turn_from_what_was_kept_is_the_same_answer(real: Engine) -> None
     assert reused(real) - before > 12 * 2 * 12
 
 
-def open_runner(folder: Path, slots: int = 6, model: str = "model.onnx") -> OnnxRunner:
+def open_runner(
+    folder: Path, slots: int = 6, model: str = "model.onnx", context_tokens: int = 96
+) -> OnnxRunner:
     return OnnxRunner(
         folder / model,
         Manifest.load(folder).architecture,
         slots=slots,
         step_tokens=32,
-        context_tokens=96,
+        context_tokens=context_tokens,
         threads=1,
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is in memory")
+def test_a_slot_costs_the_memory_of_its_tokens_and_not_of_its_context(
+    models: dict[str, Path],
+) -> None:
+    runner = open_runner(models["fp32"], context_tokens=20_000)
+    runner.step(Batch.of([3], [0], [True], [list(range(100, 130))]))
+    slots = [cache[3] for cache in runner._caches.values()]
+    assert sum(map(resident_kb, slots)) < 128 * len(slots)
+    assert min(slot.nbytes for slot in slots) > 512 << 10
+    runner.close()
+
+
+def resident_kb(array: Floats) -> int:
+    """KiB in memory of the mapping in which ``array`` begins."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (head := re.match("([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            inside = int(head[1], 16) <= array.ctypes.data < int(head[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1])
+    raise LookupError("the array lies in no mapping")
 
 
 @pytest.mark.parametrize("quant", ["fp32", "row8", "static8"])
