@@ -17,6 +17,8 @@ from assistant.modelkit.checkpoint import Array
 from assistant.modelkit.graph import CONTRIB, TAP, Scheme, Weight, Writer
 
 _BLOCK = 32
+#: Scales of a 4-bit block to choose from, in parts of the one that cuts nothing off.
+_REACHES = np.linspace(0.75, 1.1, 15, dtype=np.float32)
 SCHEMES = ("static8", "row8", "int4", "fp32")
 
 
@@ -215,7 +217,8 @@ def quantise_rows(matrix: Array) -> tuple[npt.NDArray[np.int8], Array]:
 def quantise_blocks(matrix: Array) -> tuple[npt.NDArray[np.uint8], Array]:
     """Symmetric 4-bit in blocks of 32 inputs, two to a byte, low half first, 8 meaning zero.
 
-    The scale maps the value of largest size to -8, which uses all sixteen levels.
+    A scale maps the value of largest size to -8, which uses all sixteen levels, or to somewhat
+    beside it: of ``_REACHES`` each block takes what leaves the least squared error.
     Shapes: (out, in) -> (out, blocks, 16), (out, blocks).
     Source: onnxruntime ContribOperators.md, MatMulNBits.
     """
@@ -225,7 +228,22 @@ def quantise_blocks(matrix: Array) -> tuple[npt.NDArray[np.uint8], Array]:
     padded[:, :width] = matrix
     cells = padded.reshape(out, blocks, _BLOCK)
     at = np.abs(cells).argmax(axis=2)[..., None]
-    scales = np.take_along_axis(cells, at, axis=2) / np.float32(-8)
-    scales = np.where(scales != 0, scales, np.float32(1))
-    codes = np.clip(np.rint(cells / scales) + 8, 0, 15).astype(np.uint8)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), scales[..., 0].astype(np.float32)
+    full = np.take_along_axis(cells, at, axis=2) / np.float32(-8)
+    full = np.where(full != 0, full, np.float32(1)).astype(np.float32)
+    best = np.argmin([_error(cells, full * reach) for reach in _REACHES], axis=0)
+    scales = full * _REACHES[best][..., None]
+    codes = (_levels(cells, scales) + 8).astype(np.uint8)
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed.astype(np.uint8), scales[..., 0]
+
+
+def _error(cells: Array, scales: Array) -> Array:
+    """Squared error of each block."""
+    error: Array = ((_levels(cells, scales) * scales - cells) ** 2).sum(axis=2)
+    return error
+
+
+def _levels(cells: Array, scales: Array) -> Array:
+    """The nearest of the sixteen levels, -8 to 7."""
+    levels: Array = np.clip(np.rint(cells / scales), -8, 7)
+    return levels
