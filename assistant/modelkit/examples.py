@@ -98,6 +98,9 @@ class TrainConfig:
     soft_weight: float = 1.0
     scope_weight: float = 0.5
     answer_weight: float = 1.0
+    #: Of written answers, those to a question about something else: an answer follows the intent it
+    #: is given, also where that was decided against what the network reads in the question.
+    overruled: float = 0.25
     stages: tuple[Stage, ...] = (QUESTIONS, ANSWERS)
     checkpoint_every_s: float = 120.0
 
@@ -105,13 +108,22 @@ class TrainConfig:
         """The one that is drawn from at this point (0..1) of the run."""
         return next((one for one in self.stages if progress < one.until), self.stages[-1])
 
+    def continued(self) -> TrainConfig:
+        """For weights that are trained already and shall learn new questions, with the teacher.
+
+        Its projection is not kept with the weights and begins anew, which costs the first minutes.
+        Answers suffer meanwhile: ``tuning`` comes after it.
+        """
+        return replace(self, learning_rate=8e-4, stages=(replace(QUESTIONS, until=0.6), ANSWERS))
+
     def tuning(self) -> TrainConfig:
         """For weights that are trained already: gentler, no bare text, mostly answers.
 
         No teacher either: the projection to its space is not kept with the weights.
         """
         stage = replace(ANSWERS, unlabelled=0.0, answered=0.9)
-        return replace(self, learning_rate=5e-4, dropout=0.0, stages=(stage,)).without_teacher()
+        gentle = replace(self, learning_rate=5e-4, dropout=0.0, overruled=0.5, stages=(stage,))
+        return gentle.without_teacher()
 
     def without_teacher(self) -> TrainConfig:
         return replace(self, teach_weight=0.0, soft_weight=0.0)
@@ -139,6 +151,7 @@ class ExampleMaker:
     ) -> None:
         self.encoder, self.mask, self.config, self.rng = encoder, mask, config, rng
         self.answers: Answers = corpus.answers or Answers([])
+        self.answered = list(self.answers.by_intent(labels.INTENTS))
         self.user = encoder.id(labels.USER)
         self.assistant = encoder.id(labels.ASSISTANT)
         self.intents = {name: encoder.id(labels.intent_token(name)) for name in labels.INTENTS}
@@ -185,10 +198,11 @@ class ExampleMaker:
         start = len(ids)
         parts = self.mask(augment(last.question, self.rng)).parts
         ids += [self.user, *self.encoder.parts(parts), self.assistant]
-        answer = self._answer(last, parts, sample)
+        under, answer = self._answer(last, parts)
         example = self._example(
             ids,
             answer=answer,
+            under=under,
             start=start,
             intent=last.intent,
             group=sample.group,
@@ -241,12 +255,15 @@ class ExampleMaker:
     def _question(self, text: str) -> list[int]:
         return self.encoder.parts(self.mask(augment(text, self.rng)).parts)
 
-    def _answer(self, turn: Turn, parts: Sequence[str], sample: Sample) -> list[int]:
+    def _answer(self, turn: Turn, parts: Sequence[str]) -> tuple[str, list[int]]:
+        """Under which intent it is answered, and the answer; none for questions alone."""
         if turn.answer:
-            return self.encoder.answer(turn.answer)
+            return turn.intent, self.encoder.answer(turn.answer)
         if self.rng.random() >= self.stage.answered:
-            return []
-        return self.encoder.answer(self._written(turn.intent, parts))
+            return turn.intent, []
+        overruled = self.rng.random() < self.config.overruled
+        under = self.rng.choice(self.answered) if overruled else turn.intent
+        return under, self.encoder.answer(self._written(under, parts))
 
     def _written(self, intent: str, parts: Sequence[str]) -> str:
         slots = frozenset(str(part) for part in parts if type(part) is not str)
@@ -257,13 +274,14 @@ class ExampleMaker:
         ids: list[int],
         *,
         answer: Sequence[int] = (),
+        under: str = "",
         start: int = 0,
         intent: str | None = None,
         group: str = "",
         teacher: int = -1,
     ) -> Example:
         at = len(ids) - 1
-        full = ids + ([self.intents[intent], *answer] if intent and answer else [])
+        full = ids + ([self.intents[under], *answer] if answer else [])
         targets = [IGNORE] * len(full)
         weights = [0.0] * len(full)
         for position in range(start, len(full) - 1):

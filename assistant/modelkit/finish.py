@@ -182,7 +182,8 @@ def describe(
     progress("judging the built model ...")
     rows = [row for path in golden for row in read_rows(path)]
     judged, replies, shown = _judge(out, [*_development(corpus), *_golden_rows(rows)], mask)
-    kinds, measures = _kinds(judged), _measures(judged, replies)
+    measures = [*_measures(judged, replies), _as_written(corpus, judged, replies)]
+    kinds = _kinds(judged)
     near = {_stem(path): near_matches(out, path, mask) for path in pairs}
     kept = {
         "int4": int4,
@@ -521,6 +522,23 @@ def _measures(judged: Sequence[Judged], replies: Sequence[Reply]) -> list[Measur
         Measure("well_ended", every.well_ended, every.rows),
         Measure("median_words", words[len(words) // 2], len(words)),
     ]
+
+
+def _as_written(corpus: Corpus, judged: Sequence[Judged], replies: Sequence[Reply]) -> Measure:
+    """Single questions answered word for word as somebody wrote it for the intent it is answered
+    under: what a small model makes up itself is mostly muddled."""
+    answers = corpus.answers.by_intent(labels.INTENTS) if corpus.answers else {}
+    written = {(intent, _plain(text)) for intent, texts in answers.items() for text in texts}
+    found = [
+        (reply.intent, _plain(reply.text)) in written
+        for row, reply in zip(judged, replies, strict=True)
+        if not row.kind.startswith(_GOLDEN)
+    ]
+    return Measure("answers_as_written", round(sum(found) / max(1, len(found)), 4), len(found))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _routed(row: Judged) -> bool:

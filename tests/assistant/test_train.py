@@ -244,6 +244,24 @@ def test_a_table_stands_beside_a_built_model_only(data: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--from", "bundled", "--table")])
+def test_only_trained_weights_are_trained_on_as_a_whole(
+    data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    with pytest.raises(CommandError, match="--whole goes on training a model"):
+        train(data, tmp_path / "run", "--whole", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_trained_weights_learn_questions_again_with_the_teacher_or_only_polish_answers() -> None:
+    from assistant.modelkit.examples import TrainConfig
+
+    whole, polish = TrainConfig().continued(), TrainConfig().tuning()
+    assert whole.teach_weight > 0 == polish.teach_weight
+    assert whole.stage(0.5).answered == 0 < whole.stage(0.9).answered < polish.stage(0.0).answered
+    assert TrainConfig().learning_rate > whole.learning_rate > polish.learning_rate
+
+
 def test_equal_seeds_draw_equal_examples(data: Path, trained: tuple[Path, str]) -> None:
     import random
 
@@ -284,6 +302,33 @@ def test_only_the_answer_and_the_question_are_learned_never_the_control_pieces(
             assert example.targets[-1] == module.IGNORE
             assert example.targets[example.at + 1] == example.ids[example.at + 2]
     assert answered > 50
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_an_answer_learns_to_follow_its_intent_also_against_the_question(
+    data: Path, trained: tuple[Path, str], share: float
+) -> None:
+    import random
+
+    from assistant.modelkit import train as module
+    from assistant.modelkit.tokens import Encoder
+
+    encoder, found = Encoder.load(trained[0] / "tokenizer.json"), corpus.build(data)
+    assert found.answers is not None
+    config = module.TrainConfig(overruled=share)
+    maker = module.ExampleMaker(found, encoder, facts.mask, config, random.Random(0))
+    names = {id_: name for name, id_ in maker.intents.items()}
+    written = {
+        (intent, *encoder.answer(text))
+        for intent, texts in found.answers.by_intent(labels.INTENTS).items()
+        for text in texts
+    }
+    drawn = [maker.draw(1.0) for _ in range(600)]
+    answered = [(one, names[one.ids[one.at + 1]]) for one in drawn if len(one.ids) > one.at + 1]
+    told = [(one, under) for one, under in answered if one.intent != module.IGNORE]
+    against = [(one, under) for one, under in told if under != labels.INTENTS[one.intent]]
+    assert all((under, *one.ids[one.at + 2 :]) in written for one, under in against)
+    assert len(against) == pytest.approx(share * len(told), abs=0.1 * len(told))
 
 
 def test_questions_are_read_alone_before_answers_and_conversations(

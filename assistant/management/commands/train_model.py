@@ -35,6 +35,9 @@ class Command(BaseCommand):
             "  manage.py train_model --data ~/data --out var/runs/first --resume\n"
             "  manage.py train_model --data ~/data --out var/runs/gpu --device cuda\n"
             "  manage.py train_model --from bundled --data ~/data --out var/runs/words --table\n"
+            "  manage.py train_model --from bundled --data ~/data --out var/runs/more --whole\n"
+            "  manage.py train_model --from var/runs/more --data ~/data --out var/runs/fine "
+            "--minutes 10\n"
             "  manage.py train_model --from bundled --data corrections.jsonl --out var/runs/fix\n\n"
             "The run folder keeps checkpoints, curves and settings; OUT/model is the built model.\n"
             "The README says where the public sets come from ('Train your own').\n\n"
@@ -70,6 +73,11 @@ class Command(BaseCommand):
         )
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         parser.add_argument("--no-teacher", action="store_true", help="train without distillation")
+        parser.add_argument(
+            "--whole", action="store_true",
+            help="with --from: learn the questions again, with the teacher (an hour); without it "
+            "the answers are polished",
+        )  # fmt: skip
         parser.add_argument(
             "--table", action="store_true",
             help="with --from: fit the table of words anew, keep the network (minutes)",
@@ -146,7 +154,7 @@ class Command(BaseCommand):
             minutes=options["minutes"] or 75.0, seed=options["seed"], device=options["device"]
         )
         if start:
-            config = config.tuning()
+            config = config.continued() if options["whole"] else config.tuning()
         if options["no_teacher"]:
             config = config.without_teacher()
         found = self._corpus(options)
@@ -245,6 +253,8 @@ def _refuse_missing(options: dict[str, Any], corrections: bool) -> None:
     """What would be missed only after an hour is missed now. Raises: CommandError."""
     if corrections and options["table"]:
         raise CommandError("--table reads the public sets (--data DIR), no file of corrections.")
+    if options["whole"] and (corrections or options["table"] or options["start"] is None):
+        raise CommandError("--whole goes on training a model on the public sets: give it --from.")
     wanted = ["torch", "onnx", "safetensors"]
     if not corrections:
         taught = not (options["no_teacher"] or options["table"])
