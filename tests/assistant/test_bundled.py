@@ -108,7 +108,7 @@ def test_conversations_of_several_turns_hold_their_floor(found: dict[str, Any]) 
 async def test_an_order_number_comes_back_as_it_was_typed_and_no_bracket_is_shown(
     model: OnnxBackend,
 ) -> None:
-    answer = await said(model, "please cancel order 48213377 for me")
+    answer = await said(model, "I want to cancel order 48213377")
     assert "48213377" in answer
     assert "{{" not in answer and "}}" not in answer
 
