@@ -53,6 +53,11 @@ class Command(BaseCommand):
             help="folder with the public sets, or a .jsonl or .jsonl.gz file of corrections",
         )  # fmt: skip
         parser.add_argument("--out", type=Path, required=True, help="run folder, made if missing")
+        self._add_start(parser)
+        self._add_how(parser)
+
+    def _add_start(self, parser: CommandParser) -> None:
+        """What is trained on, and what of it."""
         parser.add_argument(
             "--from", dest="start", metavar="DIR", type=Path,
             help="what to fine-tune: 'bundled', the folder of a built model or of a checkpoint",
@@ -61,6 +66,17 @@ class Command(BaseCommand):
             "--replay", metavar="DIR", type=Path,
             help="with corrections: the public sets, too, to hold the model to what it knows",
         )  # fmt: skip
+        parser.add_argument(
+            "--whole", action="store_true",
+            help="with --from: learn the questions again, with the teacher (an hour); without it "
+            "the answers are polished",
+        )  # fmt: skip
+        parser.add_argument(
+            "--table", action="store_true",
+            help="with --from: fit the table of words anew, keep the network (minutes)",
+        )  # fmt: skip
+
+    def _add_how(self, parser: CommandParser) -> None:
         parser.add_argument(
             "--minutes", type=_minutes,
             help="training time (default 75), or its limit with corrections (default 5)",
@@ -73,15 +89,6 @@ class Command(BaseCommand):
         )
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         parser.add_argument("--no-teacher", action="store_true", help="train without distillation")
-        parser.add_argument(
-            "--whole", action="store_true",
-            help="with --from: learn the questions again, with the teacher (an hour); without it "
-            "the answers are polished",
-        )  # fmt: skip
-        parser.add_argument(
-            "--table", action="store_true",
-            help="with --from: fit the table of words anew, keep the network (minutes)",
-        )  # fmt: skip
 
     def handle(self, *args: Any, **options: Any) -> None:
         corrections = _is_corrections(options["data"])
