@@ -396,30 +396,48 @@ class Turn:
     async def _finish(self, ending: Ending, error: AssistantError | None) -> None:
         """Store, make room, tell the readers, tell the observers: in this order."""
         self._log.flush()
-        message = await self._saved(ending, error)
-        if self._stored:
-            running.keep(message.pk, self._log)
-        running.remove(self)
-        self._log.end(message, error)
-        if self._asked is not None:
-            await in_thread(tasks.announce, self._asked)
+        if not self._stored and not limits.counts_tokens():  # nothing to wait for
+            message = self._filled(ending, error)
+        elif await self._saved(ending, error):
+            return
+        else:
+            message = self._filled(
+                ending, error
+            )  # the reader still gets it; the reaper marks the row
+        self._ended(message, error)
         await in_thread(self._tell, message, ending)
 
-    async def _saved(self, ending: Ending, error: AssistantError | None) -> Message:
-        if not self._stored and not limits.counts_tokens():
-            return self._filled(ending, error)  # nothing to wait for, so no thread
+    async def _saved(self, ending: Ending, error: AssistantError | None) -> bool:
+        """Whether it is stored, and everybody told."""
         for pause in (*SAVE_PAUSES_S, None):
-            begun = time.monotonic()
             try:
-                message = await in_thread(self._save, ending, error)
-                self._persist_s = time.monotonic() - begun
-                return message
+                await in_thread(self._settle, ending, error, asyncio.get_running_loop())
+                return True
             except Exception as problem:
                 log.error("answer %s not saved: %s", self.message.pk, type(problem).__name__)
                 if pause is None:
                     break
                 await asyncio.sleep(pause)
-        return self._filled(ending, error)  # the reader still gets it; the reaper marks the row
+        return False
+
+    def _settle(
+        self, ending: Ending, error: AssistantError | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """All of the end in one thread; readers are told on their loop meanwhile."""
+        begun = time.monotonic()
+        message = self._save(ending, error)
+        self._persist_s = time.monotonic() - begun
+        loop.call_soon_threadsafe(self._ended, message, error)
+        if self._asked is not None:
+            _announce(self._asked)
+        self._tell(message, ending)
+
+    def _ended(self, message: Message, error: AssistantError | None) -> None:
+        """Make room and tell the readers."""
+        if self._stored:
+            running.keep(message.pk, self._log)
+        running.remove(self)
+        self._log.end(message, error)
 
     def _finished(self, finishing: asyncio.Future[None], ending: Ending) -> None:
         """If the loop is ending and has cancelled even the saving, store the row without it."""
@@ -574,6 +592,13 @@ class Turn:
             self._tell(self._save(ending, None), ending)
         else:
             self.start()
+
+
+def _announce(asked: HandOver) -> None:
+    try:
+        tasks.announce(asked)
+    except Exception as error:  # who missed it is found by the task that looks for such
+        log.error("a hand-over was not announced: %s", type(error).__name__)
 
 
 def _ms(seconds: float | None) -> float | None:

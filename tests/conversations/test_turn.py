@@ -284,7 +284,7 @@ async def test_the_database_is_only_touched_after_the_last_token(opened, monkeyp
     monkeypatch.setattr(turns, "in_thread", noted)
     await turn.result()
     await asyncio.sleep(0.05)
-    assert work == ["_save", "_tell"]
+    assert work == ["_settle"]
 
 
 # --- Opening -------------------------------------------------------------------------------------
