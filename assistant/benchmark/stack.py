@@ -107,7 +107,7 @@ class Server:
             raise RuntimeError(f"the database was not made: {self._last_words()}")
         self._process = self._start(
             *("-m", "uvicorn", "config.asgi:application", "--port", str(self.port)),
-            *("--log-level", "warning", "--lifespan", "off"),
+            *("--log-level", "warning", "--lifespan", "off", "--timeout-graceful-shutdown", "5"),
         )
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline and self._process.poll() is None:
