@@ -27,12 +27,13 @@ class Drain:
         self._before: Any = None
 
     async def arm(self, **_: Any) -> None:
-        """Stand before the server's own handler; a receiver of the first request.
+        """Stand before the server's own handler; a receiver of the first request, or of several
+        that come at once.
 
         Only a server has both, a loop in the main thread and a handler of its own.
         """
         request_started.disconnect(dispatch_uid="drain-arm")
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or self._before is not None:
             return
         before = signal.getsignal(signal.SIGTERM)
         if callable(before):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 import urllib.error
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, connection
+from django.dispatch import Signal
 from django.test import Client
 
 from assistant import backends
 from assistant.engine.worker import EngineConfig, EngineStats
 from fallback import answers
 from monitoring import health
-from monitoring.draining import drain
+from monitoring.draining import Drain, drain
 from monitoring.health import Checker
 from tests.conftest import serving
 from tests.monitoring.conftest import TOKEN
@@ -217,6 +219,23 @@ def test_many_probes_cost_one_query(monkeypatch, django_assert_num_queries):
     with django_assert_num_queries(0):
         for _ in range(20):
             assert ask()[0] == 200
+
+
+async def test_several_first_requests_at_once_leave_one_handler_that_ends_the_server(
+    monkeypatch, settings
+):
+    settings.ASSISTANT_DRAIN_SECONDS = 0.0
+    monkeypatch.setattr("monitoring.draining.request_started", Signal())
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        armed = Drain()
+        await asyncio.gather(armed.arm(), armed.arm())
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert armed.begun and ended == [signal.SIGTERM]
 
 
 # --- A real server -------------------------------------------------------------------------------
