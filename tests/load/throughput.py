@@ -2,11 +2,11 @@
 OpenAI route, a turn over WebSocket.
 
     python -m tests.load.throughput [--json] [--processes 2] [--clients 16] [--seconds 10]
-                                    [--database postgres://user:password@host/name]
+                                    [--reviewed] [--database postgres://user:password@host/name]
 
-A server of its own with the echo backend and no rate limit; clients share the machine with it and
-are plain sockets that keep their connection, so that little of its time is theirs. Every client is
-a user with a token and conversations of its own; the one on a socket pauses between turns, as a
+A server of its own with the echo backend (or a reviewed answer) and no rate limit; clients share
+the machine with it and are plain sockets that keep their connection, so that little of its time is
+theirs. Every client is a user with a token and conversations of its own; the one on a socket pauses between turns, as a
 socket takes few frames a second. ``per_s`` counts what was answered, ``failed`` what was refused.
 ``server_ms`` is the server's own processor time a request, ``client_ms`` that of all clients.
 """
@@ -40,6 +40,9 @@ import json, sys
 from django.contrib.auth.models import User
 from conversations.models import Conversation
 from conversations.tokens import issue
+from fallback.models import ReviewedAnswer
+for question in {reviewed}:
+    ReviewedAnswer.objects.create(question=question, answer=question)
 told = []
 for at in range({users}):
     user = User.objects.create(username=f"load-{{at}}")
@@ -68,7 +71,7 @@ class Report:
 @dataclass(frozen=True, slots=True)
 class User:
     token: str
-    conversations: Sequence[str]
+    conversations: list[str]
 
 
 class Server(stack.Server):
@@ -83,8 +86,9 @@ class Server(stack.Server):
             arguments = (*arguments, "--workers", str(self._processes))
         return super()._start(*arguments)
 
-    def users(self, count: int, conversations: int) -> list[User]:
-        code = PREPARE.format(users=count, conversations=conversations)
+    def users(self, count: int, conversations: int, reviewed: Sequence[str] = ()) -> list[User]:
+        """``reviewed``: questions that staff have answered."""
+        code = PREPARE.format(users=count, conversations=conversations, reviewed=list(reviewed))
         made = subprocess.run(
             [sys.executable, "manage.py", "shell", "--no-imports", "-c", code],
             cwd=stack.ROOT, env=self._environment, capture_output=True, text=True, check=True,
@@ -119,10 +123,16 @@ def request(path: str, token: str, body: dict[str, Any]) -> bytes:
 
 
 def _rest(user: User, at: int) -> bytes:
-    conversation = user.conversations[(at // TURNS) % len(user.conversations)]
-    return request(
-        f"/api/v1/conversations/{conversation}/messages/", user.token, {"text": QUESTION}
-    )
+    return _asked_in(user.conversations[(at // TURNS) % len(user.conversations)], user)
+
+
+def _rest_first(user: User, at: int) -> bytes:
+    return _asked_in(user.conversations.pop(), user)
+
+
+def _asked_in(conversation: str, user: User) -> bytes:
+    path = f"/api/v1/conversations/{conversation}/messages/"
+    return request(path, user.token, {"text": QUESTION})
 
 
 def _openai(user: User, at: int) -> bytes:
@@ -188,6 +198,8 @@ ROUTES: dict[str, tuple[Any, Any]] = {
 
 async def measure(server: Server, route: str, users: Sequence[User], options: Any) -> Report:
     client, asked = ROUTES[route]
+    if route == "rest" and options.reviewed:
+        asked = _rest_first
 
     async def all_of(seconds: float) -> list[tuple[float, bool]]:
         until = time.perf_counter() + seconds
@@ -224,7 +236,8 @@ async def run(options: Any) -> list[Report]:
         tempfile.TemporaryDirectory(prefix="inhouse-load-") as folder,
         Server(Path(folder), options.processes, **database) as server,
     ):
-        users = server.users(options.clients, 200)
+        fresh = round(40 * options.seconds) + 200  # more than a client gets answered
+        users = server.users(options.clients, fresh, [QUESTION] * options.reviewed)
         for route in options.routes.split(","):
             few = users[:1] if route == "websocket" else users
             reports.append(await measure(server, route, few, options))
@@ -251,6 +264,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument(
+        "--reviewed", action="store_true",
+        help="staff have answered the question: first questions of a conversation, as theirs are",
+    )  # fmt: skip
     parser.add_argument("--routes", default="rest,openai,websocket")
     parser.add_argument("--database", default="", help="default: SQLite in a folder of its own")
     options = parser.parse_args()
