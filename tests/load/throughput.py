@@ -236,8 +236,9 @@ async def run(options: Any) -> list[Report]:
         tempfile.TemporaryDirectory(prefix="inhouse-load-") as folder,
         Server(Path(folder), options.processes, **database) as server,
     ):
-        fresh = round(40 * options.seconds) + 200  # more than a client gets answered
-        users = server.users(options.clients, fresh, [QUESTION] * options.reviewed)
+        # One for each first question, or those that take turns: more than a client gets answered.
+        count = round(150 * (options.seconds + 4)) if options.reviewed else 200
+        users = server.users(options.clients, count, [QUESTION] * options.reviewed)
         for route in options.routes.split(","):
             few = users[:1] if route == "websocket" else users
             reports.append(await measure(server, route, few, options))
