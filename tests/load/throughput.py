@@ -6,9 +6,10 @@ OpenAI route, a turn over WebSocket.
 
 A server of its own with the echo backend (or a reviewed answer) and no rate limit; clients share
 the machine with it and are plain sockets that keep their connection, so that little of its time is
-theirs. Every client is a user with a token and conversations of its own; the one on a socket pauses between turns, as a
-socket takes few frames a second. ``per_s`` counts what was answered, ``failed`` what was refused.
-``server_ms`` is the server's own processor time a request, ``client_ms`` that of all clients.
+theirs. Every client is a user with a token and conversations of its own; the one on a socket pauses
+between turns, as a socket takes few frames a second. ``per_s`` counts what was answered, ``failed``
+what was refused. ``server_ms`` is the server's own processor time a request, ``client_ms`` that of
+all clients.
 """
 
 from __future__ import annotations
