@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.db import IntegrityError, transaction
+from django.db import DatabaseError, IntegrityError, transaction
 from django.db.models import Min, Q
 from django.utils import timezone
 
@@ -89,6 +89,16 @@ def plan() -> Plan:
     rows = ModelVersion.objects.filter(state__in=[State.ACTIVE, State.CANARY])
     found = {row.state: row for row in rows}
     return Plan(found.get(State.ACTIVE), found.get(State.CANARY))
+
+
+def folder_in_use() -> Path:
+    """Of the active version; without one, or without a database, that of the settings."""
+    try:
+        version = active()
+    except DatabaseError:  # a command ahead of any migration
+        version = None
+    usual = settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]["model_dir"]
+    return Path(version.folder if version else usual)
 
 
 def find(label: str) -> ModelVersion:

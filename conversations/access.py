@@ -39,7 +39,7 @@ from rest_framework.request import Request
 
 from assistant.errors import RateLimited
 from conversations.compiled import Compiled
-from conversations.limits import Caller, client_address, take_login, traceparent
+from conversations.limits import Caller, client_address, request_id, take_login, traceparent
 from conversations.models import ApiToken
 
 #: Key inside the session; its value owns a visitor's conversations, across a new cookie at login.
@@ -274,15 +274,23 @@ class OneFormat(DefaultContentNegotiation):
         return renderers[0], renderers[0].media_type
 
 
+def identified(given: str, trace: str) -> str:
+    """The id of what is served from here on: the client's own if it is a plain one."""
+    name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request_id.set(name)
+    traceparent.set(trace)
+    return name
+
+
 @sync_and_async_middleware
 def request_id_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[..., Any]:
     """Gives every request an id, the client's own if it is a plain one, and sends it back."""
 
     def begin(request: HttpRequest) -> str:
-        given = request.headers.get("x-request-id", "")
-        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        name = identified(
+            request.headers.get("x-request-id", ""), request.headers.get("traceparent", "")
+        )
         request.request_id = name  # type: ignore[attr-defined]
-        traceparent.set(request.headers.get("traceparent", ""))
         return name
 
     if iscoroutinefunction(get_response):

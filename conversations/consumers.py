@@ -23,9 +23,10 @@ from conversations.access import (
     address_of_socket,
     caller_of_socket,
     credential_of_socket,
+    identified,
 )
 from conversations.idempotency import Once, run_once
-from conversations.limits import Caller, Seat, TooMany, refused, traceparent
+from conversations.limits import Caller, Seat, TooMany, refused
 from conversations.log import Reader
 from conversations.logins import Watch, watched
 from conversations.models import Conversation, Message, note_siblings
@@ -50,6 +51,8 @@ SEND_TIMEOUT_S = 10.0
 SETTLE_S = 3.0
 #: A socket that came without a login has so long to say a token.
 AUTH_WITHIN_S = 5.0
+#: Headers of the handshake that name it.
+_IDENTIFIED_BY = (b"x-request-id", b"traceparent")
 
 
 class SignedOut(Exception):
@@ -108,7 +111,8 @@ class ChatConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     # -- the inbox
 
     async def _serve(self) -> None:
-        traceparent.set(dict(self.scope["headers"]).get(b"traceparent", b"").decode("latin-1"))
+        told = dict(self.scope["headers"])
+        identified(*(told.get(key, b"").decode("latin-1") for key in _IDENTIFIED_BY))
         code = await self._enter()
         if code is not None:
             await self._end(code)

@@ -49,6 +49,8 @@ class Caller:
 
 #: The ``traceparent`` header of the request or socket that is served, for observers; unchecked.
 traceparent: ContextVar[str] = ContextVar("traceparent", default="")
+#: The id of that request, or of that socket's handshake, for logs.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
 #: Sent for each refusal, with ``scope``: the name of the limit that was reached.
 refused = Signal()
 

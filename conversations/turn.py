@@ -99,6 +99,8 @@ class TurnRecord:
     logprob: float | None = None
     #: The caller's ``traceparent``, if one was sent.
     trace: str = ""
+    #: Of the request or the socket that asked.
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,12 @@ class _Progress:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """When a question came, on both clocks, and from which trace."""
+    """When a question came, on both clocks, and from which trace and request."""
 
     at: float = field(default_factory=time.time)
     monotonic: float = field(default_factory=time.monotonic)
     trace: str = field(default_factory=limits.traceparent.get)
+    request_id: str = field(default_factory=limits.request_id.get)
 
 
 @contextmanager
@@ -537,6 +540,7 @@ class Turn:
             persist_ms=self._persist_s * 1000,
             logprob=self._progress.logprob,
             trace=self._came.trace,
+            request_id=self._came.request_id,
         )
         for receiver, answer in turn_finished.send_robust(sender=Turn, record=record):
             if isinstance(answer, Exception):

@@ -370,10 +370,12 @@ def _after_death(job: Job, now: datetime) -> dict[str, Any]:
 
 
 def forget_old(now: datetime | None = None) -> int:
-    """Delete jobs that ended long ago, but retrainings; how many."""
+    """Delete jobs that ended long ago, but retrainings and each kind's last success; how many."""
     before = (now or timezone.now()) - KEPT_FOR
     old = Job.objects.filter(created_at__lt=before).exclude(kind=Job.Kind.RETRAIN)
-    return old.exclude(state__in=Job.OPEN).delete()[0]
+    done = Job.objects.filter(state=Job.State.DONE).order_by().values("kind")
+    newest = list(done.annotate(newest=Max("pk")).values_list("newest", flat=True))
+    return old.exclude(state__in=Job.OPEN).exclude(pk__in=newest).delete()[0]
 
 
 class _Background:

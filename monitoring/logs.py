@@ -66,6 +66,7 @@ def log_turn(*, record: TurnRecord, **_: Any) -> None:
 
 def _figures(record: TurnRecord) -> dict[str, Any]:
     return {
+        "request_id": record.request_id,
         "user_id": record.user_id,
         "conversation_id": str(record.conversation_id),
         "message_id": str(record.message_id),

@@ -8,6 +8,7 @@ request on. A source that breaks is counted and skipped. Knows no HTTP, loads no
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -57,7 +58,7 @@ def read() -> None:
         "engines": _read_engines,
         "breakers": _read_breakers,
         "budget": _read_budget,
-        **{name: partial(_read_results, source) for name, source in SOURCES.items()},
+        **{name: partial(_read_results, name, source) for name, source in SOURCES.items()},
     }
     with _lock:
         for name, part in parts.items():
@@ -178,9 +179,19 @@ def _read_budget() -> None:
     metrics.UPSTREAM_LEFT.set(budget.left_for_all())
 
 
-def _read_results(source: Callable[[], Iterable[Reading]]) -> None:
+#: What each source has told when it was last read: a gauge and its labels.
+_told: dict[str, set[tuple[Gauge, tuple[tuple[str, str], ...]]]] = {}
+
+
+def _read_results(name: str, source: Callable[[], Iterable[Reading]]) -> None:
+    """What a source tells no more has no value any longer: the last one would stand for ever."""
+    told = set()
     for reading in source():
         reading.gauge.labels(**reading.labels).set(reading.value)
+        told.add((reading.gauge, tuple(sorted(reading.labels.items()))))
+    for gauge, labels in _told.get(name, set()) - told:
+        gauge.labels(**dict(labels)).set(math.nan)
+    _told[name] = told
 
 
 # --- Several processes ---------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Shadow:
         self._ending = False
         self._known: tuple[float, ModelVersion | None] = (float("-inf"), None)
         self._candidate: _Candidate | None = None
+        self._left: list[_Candidate] = []
 
     # -- hearing: in the thread that has stored the turn, after its reader has the answer
 
@@ -157,9 +158,10 @@ class Shadow:
             _failed("error", error)
             self._gone()
         finally:
-            if self._candidate is not None:
-                self._candidate.close()
-                self._candidate = None
+            with self._changed:
+                left, self._left = self._left, []
+            for candidate in left:
+                candidate.close()
 
     def _next(self) -> _Waiting | None:
         """The oldest sampled turn, once nobody needs the time; None: it is time to go."""
@@ -167,7 +169,7 @@ class Shadow:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._ending, LINGER_S)
                 if self._ending or not self._queue:
-                    self._thread = None
+                    self._leave()
                     return None
             if not is_busy():
                 with self._changed:
@@ -179,7 +181,14 @@ class Shadow:
     def _gone(self) -> None:
         with self._changed:
             self._queue.clear()
-            self._thread = None
+            self._leave()
+
+    def _leave(self) -> None:
+        """From here on the next thread begins with an engine of its own; this one's is closed."""
+        self._thread = None
+        if self._candidate is not None:
+            self._left.append(self._candidate)
+            self._candidate = None
 
     def _work(self, runner: asyncio.Runner, waiting: _Waiting) -> None:
         """One turn, whatever comes."""

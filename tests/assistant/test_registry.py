@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
-from django.db import IntegrityError
+from django.db import IntegrityError, OperationalError
 
 from assistant import registry
+from assistant.management.commands import train_model
 from assistant.models import ModelVersion, VersionChange
 from assistant.registry import FORCED, MOVES, RegistryError, State
 
@@ -220,6 +221,21 @@ def test_versions_are_found_by_label_and_by_digest() -> None:
     for label in ("m@9", "0000", "", "@", "000000"):
         with pytest.raises(RegistryError):
             registry.find(label)
+
+
+def test_commands_find_the_folder_that_answers_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_model._start(Path("active")) == tmp_path / "none"
+    assert train_model._start(Path("elsewhere")) == Path("elsewhere")
+    version("active")
+    assert train_model._start(Path("active")) == registry.folder_in_use() == Path("/nowhere")
+
+    def away() -> None:
+        raise OperationalError("no such table")
+
+    monkeypatch.setattr(registry, "active", away)
+    assert registry.folder_in_use() == tmp_path / "none"
 
 
 # -- who gets the canary ---------------------------------------------------------------------------

@@ -337,6 +337,28 @@ async def test_an_api_client_opens_a_socket_with_its_token(conversation, ana, to
     await socket.disconnect()
 
 
+@pytest.mark.parametrize("given", [b"req-7", b"no\tid", b""])
+async def test_an_answer_is_told_with_the_id_of_its_handshake(given, conversation, ana, token_of):
+    ids = []
+
+    def hear(*, record: turn.TurnRecord, **_: Any) -> None:
+        ids.append(record.request_id)
+
+    turn.turn_finished.connect(hear)
+    token = await sync_to_async(token_of)(ana)
+    headers = [(b"host", b"testserver"), (b"authorization", f"Bearer {token}".encode())]
+    path = f"/ws/chat/{conversation.pk}/"
+    socket = WebsocketCommunicator(application, path, headers=[*headers, (b"x-request-id", given)])
+    assert (await socket.connect())[0]
+    await socket.send_to(text_data='{"type": "message.create", "text": "hello"}')
+    while json.loads(await socket.receive_from(3))["type"] not in ENDS:
+        pass
+    await socket.disconnect()
+    turn.turn_finished.disconnect(hear)
+    (name,) = ids
+    assert name == "req-7" if given == b"req-7" else len(name) == 32
+
+
 @pytest.mark.parametrize("header", ["Bearer nonsense", "Bearer", "Basic YTpi", "Bearer \xff\xfe"])
 async def test_a_bad_token_is_closed_with_4401(header, conversation):
     headers = [(b"host", b"testserver"), (b"authorization", header.encode("latin-1"))]

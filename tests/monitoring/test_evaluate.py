@@ -14,6 +14,8 @@ from django.core.management.base import CommandError
 from assistant.modelkit import diagrams
 from monitoring import evaluation
 
+pytestmark = pytest.mark.django_db
+
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "query": "please cancel order 48213377", "intent": "cancel_order", "scope": "in"},
     {"id": "b", "query": "who won the match?", "scope": "out", "kind": "far"},

@@ -391,10 +391,16 @@ def test_what_is_missing_is_said_and_harms_nobody(
 
 def test_old_jobs_are_forgotten_but_retrainings_and_open_ones() -> None:
     old = timezone.now() - jobs.KEPT_FOR - timedelta(days=1)
-    for kind, state in ((KIND, "done"), (KIND, "queued"), ("retrain", "done")):
+    for kind, state in (
+        ("drift", "done"), (KIND, "done"), (KIND, "failed"), (KIND, "queued"), ("retrain", "done")
+    ):  # fmt: skip
         Job.objects.create(kind=kind, state=state, key=f"{kind} {state}", created_at=old)
-    assert jobs.forget_old() == 1
-    assert sorted(Job.objects.values_list("key", flat=True)) == ["evaluate queued", "retrain done"]
+    Job.objects.create(kind=KIND, state="done", key="evaluate of late")
+    assert jobs.forget_old() == 2
+    # Of a kind that succeeds no more, the last success is what an alert is raised by.
+    assert sorted(Job.objects.values_list("key", flat=True)) == [
+        *("drift done", "evaluate of late", "evaluate queued", "retrain done"),
+    ]
 
 
 def test_the_last_success_of_each_kind_is_read_from_rows() -> None:

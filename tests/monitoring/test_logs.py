@@ -74,6 +74,7 @@ def test_an_answer_is_one_line_of_figures_and_no_words(asked, caplog, ana):
     answer = asked("canaryword me@example.com")
     (line,) = said(caplog, "generation_finished")
     assert line["message_id"] == answer["id"] and line["user_id"] == ana.pk
+    assert line["request_id"] == "req-7"
     assert (line["route"], line["model"], line["output_tokens"]) == ("model", "echo", 2)
     assert line["ttft_ms"] <= line["duration_ms"]
     assert "canary" not in caplog.text and "canary" not in json.dumps(line)

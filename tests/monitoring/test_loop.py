@@ -231,6 +231,17 @@ def test_evaluate_saves_what_it_found_when_it_is_told_to(
     assert EvaluationRun.objects.filter(suite="few").count() == 1
 
 
+def test_evaluate_asks_the_version_that_answers_now(tiny_answers: None, tmp_path: Path) -> None:
+    build_random("tiny", tmp_path / "next", quant="row8", seed=1)
+    promoted = registry.register(tmp_path / "next")
+    for state in ("shadow", "canary", "active"):
+        registry.move(promoted, state, why="a try", canary_percent=1)
+    out = StringIO()
+    call_command("evaluate", "--json", "--save", stdout=out)
+    assert json.loads(out.getvalue())["model"] == promoted.label
+    assert EvaluationRun.objects.get().version == promoted
+
+
 # --- The gate ------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -316,6 +317,28 @@ def test_a_source_that_breaks_is_counted_and_the_rest_is_shown(monkeypatch, coun
     reading.read()
     assert counted("assistant_metrics_errors_total", source="broken") == 1
     assert shown("assistant_drift_score", feature="intent") == 0.5
+
+
+def test_what_a_source_tells_no_more_has_no_value(monkeypatch, counted):
+    told = {"new@2": 0.9, "new@3": 0.8}
+
+    def candidates() -> list[reading.Reading]:
+        return [
+            reading.Reading(metrics.SHADOW, {"model": model}, value)
+            for model, value in told.items()
+        ]
+
+    def other() -> list[reading.Reading]:
+        return [reading.Reading(metrics.SHADOW, {"model": "old@1"}, 0.7)]
+
+    monkeypatch.setattr(reading, "SOURCES", {"shadow": candidates, "other": other})
+    reading.read()
+    assert shown("assistant_shadow_agreement_ratio", model="new@2") == 0.9
+    del told["new@2"]
+    reading.read()
+    assert math.isnan(shown("assistant_shadow_agreement_ratio", model="new@2"))
+    assert shown("assistant_shadow_agreement_ratio", model="new@3") == 0.8
+    assert shown("assistant_shadow_agreement_ratio", model="old@1") == 0.7
 
 
 def test_an_error_in_the_counting_reaches_no_user(api, asked, monkeypatch):

@@ -313,6 +313,29 @@ def test_after_an_error_the_next_turn_is_compared(
     assert heard(own, two).pk
 
 
+def test_a_turn_that_comes_while_a_thread_ends_is_answered_by_an_engine_that_stays_open(
+    own: Any, candidate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version()
+    one, two = talk(("a question", "An answer."), ("another", "An answer."))
+    closing, go_on, closed = threading.Event(), threading.Event(), []
+
+    def slow(self: Any) -> None:
+        closing.set()
+        assert go_on.wait(10)
+        closed.append(self)
+
+    monkeypatch.setattr(shadowing, "LINGER_S", 0.05)
+    monkeypatch.setattr(shadowing._Candidate, "close", slow)
+    heard(own, one)
+    assert closing.wait(10)
+    monkeypatch.setattr(shadowing, "LINGER_S", 60.0)
+    heard(own, two)
+    go_on.set()
+    until(lambda: closed)
+    assert own._candidate is not None and own._candidate not in closed
+
+
 def test_a_candidate_that_cannot_be_loaded_has_failed(own: Any, tmp_path: Path) -> None:
     wanted = version(folder=str(tmp_path / "nothing"))
     pair = heard(own, *talk(("a question", "An answer.")))

@@ -38,7 +38,8 @@ class Command(BaseCommand):
             "  manage.py train_model --from bundled --data ~/data --out var/runs/more --whole\n"
             "  manage.py train_model --from var/runs/more --data ~/data --out var/runs/fine "
             "--minutes 10\n"
-            "  manage.py train_model --from bundled --data corrections.jsonl --out var/runs/fix\n\n"
+            "  manage.py train_model --from bundled --data corrections.jsonl --out var/runs/fix\n"
+            "  manage.py train_model --from active --data corrections.jsonl --out var/runs/next\n\n"
             "The run folder keeps checkpoints, curves and settings; OUT/model is the built model.\n"
             "The README says where the public sets come from ('Train your own').\n\n"
             "With a file as --data, the model named by --from is taught reviewed corrections in\n"
@@ -60,7 +61,8 @@ class Command(BaseCommand):
         """What is trained on, and what of it."""
         parser.add_argument(
             "--from", dest="start", metavar="DIR", type=Path,
-            help="what to fine-tune: 'bundled', the folder of a built model or of a checkpoint",
+            help="what to fine-tune: 'active' (what answers now), 'bundled', the folder of a built "
+            "model or of a checkpoint",
         )  # fmt: skip
         parser.add_argument(
             "--replay", metavar="DIR", type=Path,
@@ -242,6 +244,10 @@ def _is_corrections(data: Path) -> bool:
 
 
 def _start(named: Path | None) -> Path | None:
+    from assistant import registry
+
+    if named == Path("active"):
+        return registry.folder_in_use()
     return _BUNDLED / "support-en" if named == Path("bundled") else named
 
 

@@ -138,9 +138,9 @@ def _refuse_unwritable(path: Path | None) -> None:
 
 
 def _folder(options: dict[str, Any]) -> Path:
-    from django.conf import settings
+    from assistant import registry
 
-    return Path(options["model"] or settings.ASSISTANT["BACKENDS"]["model"]["OPTIONS"]["model_dir"])
+    return Path(options["model"] or registry.folder_in_use())
 
 
 def _name(manifest: Any, options: dict[str, Any]) -> str:
