@@ -391,7 +391,13 @@ def _session(model: Path, threads: int) -> Any:
     ):
         options.add_session_config_entry(key, value)
     exact_products(options)
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own kinds, with pages of its source in their texts
+        raise ManifestError(
+            f"{model} cannot be loaded ({type(error).__name__}). Build it again with "
+            f"`manage.py build_model`."
+        ) from error
 
 
 def batching_error(runner: Runner, slots: int) -> float:

@@ -94,7 +94,7 @@ class EngineConfig:
         if not 0 <= (self.draft_tokens or 0) <= MOST_DRAFT:
             raise ValueError(f"draft_tokens lies between 0 and {MOST_DRAFT}")
         bounds = (self.kv_bytes, self.prefix_bytes, self.reading_tokens_per_s, self.wake_every_s)
-        if min(bounds) < 0:
+        if not all(bound >= 0 for bound in bounds):  # not a number either
             raise ValueError(
                 "kv_bytes, prefix_bytes, reading_tokens_per_s and wake_every_s are not negative"
             )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from assistant.modelkit.shape import EMBED, HEAD, NORM, SHAPES, ModelShape, RopeScaling
-from assistant.modelkit.weights import Array, CheckpointError, Stored, read, read_json
+from assistant.modelkit.weights import Array, CheckpointError, Stored, check_type, read, read_json
 from assistant.modelkit.weights import stored_tensors as _stored_tensors
 
 __all__ = [
@@ -100,6 +100,7 @@ class Checkpoint:
                     f"{self._stored[name].path}: {name} has shape {found}, and config.json calls "
                     f"for {size}. Take both from the same model."
                 )
+            check_type(name, self._stored[name])
         for name in self._stored:
             layer = name.startswith("model.layers.")
             if layer and name not in wanted and not _COMPUTED.fullmatch(name):

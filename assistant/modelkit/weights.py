@@ -80,11 +80,7 @@ def shards(directory: Path) -> dict[str, str]:
 
 def read(name: str, stored: Stored) -> Array:
     """One tensor as float32, whatever it is stored as. Raises: CheckpointError."""
-    if stored.dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{stored.path}: {name} is stored as {stored.dtype[:20]!r}; F32, F16 and "
-            "BF16 are read. Start from the model's full weights: they are quantised here."
-        )
+    check_type(name, stored)
     count = math.prod(stored.shape)
     raw = np.fromfile(stored.path, _DTYPES[stored.dtype], count, offset=stored.offset)
     if raw.size != count:
@@ -96,6 +92,15 @@ def read(name: str, stored: Stored) -> Array:
             "Train or convert the model again."
         )
     return value.reshape(stored.shape)
+
+
+def check_type(name: str, stored: Stored) -> None:
+    """Raises: CheckpointError for numbers that are not read here."""
+    if stored.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{stored.path}: {name} is stored as {stored.dtype[:20]!r}; F32, F16 and "
+            "BF16 are read. Start from the model's full weights: they are quantised here."
+        )
 
 
 def _widened(raw: npt.NDArray[Any], dtype: str) -> Array:

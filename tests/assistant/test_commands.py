@@ -318,6 +318,7 @@ BENCH_MISTAKES = {
     "an unknown scheme": (["--random", "tiny", "--schemes", "fp8"], "'fp8' is no scheme"),
     "an unknown shape": (["--random", "huge", "--schemes", "row8"], "No shape is called 'huge'"),
     "peers without weights": (["--peers"], "needs --random NAME"),
+    "no folder for the picture": (["--plot", "nowhere/bars.png"], "there is no folder nowhere"),
     "no interpreter": (["--peer-python", "genai=/none"], "/none is no interpreter"),
     "another's interpreter": (["--peer-python", "vllm=/none"], "'vllm' is no peer"),
 }

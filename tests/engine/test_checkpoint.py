@@ -369,6 +369,14 @@ def test_a_sound_checkpoint_needs_a_session(folder: Path, no_session: None) -> N
         build(folder, folder.parent / "out", "row8")
 
 
+@pytest.mark.parametrize("fault", ["int8", "fp8"])
+def test_weights_of_a_wrong_type_are_noticed_before_any_is_read(fault: str, folder: Path) -> None:
+    do, message = FAULTS[fault]
+    do(folder)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(folder)
+
+
 def test_a_model_too_large_for_its_scheme_is_refused_before_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1148,7 +1148,9 @@ def test_an_engine_of_one_row_serves_one_after_another(make_engine: MakeEngine) 
         {"kv_bytes": -1},
         {"prefix_bytes": -1},
         {"reading_tokens_per_s": -0.1},
+        {"reading_tokens_per_s": math.nan},
         {"wake_every_s": -0.1},
+        {"wake_every_s": math.nan},
         {"most_step_s": 0.0},
         {"most_step_s": math.nan},
     ],
@@ -1532,6 +1534,15 @@ def test_a_graph_of_another_version_is_refused_with_the_cure(
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(ManifestError, match=r"another version.*build_model"):
         open_runner(models["fp32"], model=str(tmp_path / "old.onnx"))
+
+
+def test_a_graph_that_the_runtime_does_not_read_is_refused_in_one_line(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "odd.onnx").write_bytes(b"\x3a\x00")  # an ONNX model with nothing in it
+    with pytest.raises(ManifestError, match=r"odd\.onnx cannot be loaded.*build_model") as refusal:
+        open_runner(models["fp32"], model=str(tmp_path / "odd.onnx"))
+    assert "\n" not in str(refusal.value)
 
 
 def test_seeded_answers_repeat_whoever_sits_beside(real: Engine) -> None:

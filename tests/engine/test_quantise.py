@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from assistant.modelkit import quality as judging
 from assistant.modelkit.balance import Balanced
 from assistant.modelkit.checkpoint import SHAPES, Checkpoint, ModelShape, write_checkpoint
 from assistant.modelkit.graph import Scheme, Weight, Writer, build_graph
@@ -179,6 +181,18 @@ def test_other_weights_fall_below_the_floor(sessions: dict[str, Any], tmp_path: 
     assert quality.greedy_agreement < 0.1
     assert quality.perplexity_ratio > 2
     assert not quality.meets(Floor(0.5, 1.5))
+
+
+def test_noise_has_a_ratio_that_json_can_hold(
+    sessions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nats = iter([1000.0, 0.0])
+    monkeypatch.setattr(
+        judging, "_losses", lambda *_: np.full((2, 15), next(nats), dtype=np.float32)
+    )
+    prompts = _prompts(np.random.default_rng(8), 2)
+    found = compare(sessions["fp32"], sessions["static8"], SHAPE, prompts)
+    assert 1e20 < found.perplexity_ratio < math.inf
 
 
 def test_what_follows_the_end_token_is_not_judged(sessions: dict[str, Any]) -> None:

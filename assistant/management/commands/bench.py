@@ -196,6 +196,8 @@ class _Options:
             )
         if given["plot"] and find_spec("matplotlib") is None:
             raise ValueError(f"--plot needs matplotlib: {peers.EXTRA}, or pip install matplotlib")
+        if given["plot"] and not given["plot"].parent.is_dir():
+            raise ValueError(f"--plot {given['plot']}: there is no folder {given['plot'].parent}")
         if min(given["repeats"], given["timeout_s"]) < 1 or given["threads"] < 0:
             raise ValueError("repeats and seconds of patience start at 1, threads at 0")
         names = given["workloads"] or ",".join(workloads.CORE)
