@@ -305,7 +305,7 @@ _NEAR_SCOPE = re.compile(
 
 #: The project's own questions by group.
 _WRITTEN = {
-    "written": (*(f"natural_{part}" for part in "abcdef"), "hard_negatives"),
+    "written": (*(f"natural_{part}" for part in "abcdefg"), "hard_negatives"),
     "rude": ("rude", "rude_b"),
     "plain": ("plain",),
     "talk": ("smalltalk", "smalltalk_b"),
@@ -314,8 +314,8 @@ _WRITTEN = {
         *("injection", "injection_b"),
     ),
 }
-_DIALOGUES = ("dialogues", "dialogues_b", "dialogues_c")
-_FOLLOWUPS = ("followups", "followups_b")
+_DIALOGUES = ("dialogues", "dialogues_b", "dialogues_c", "dialogues_d")
+_FOLLOWUPS = ("followups", "followups_b", "followups_c")
 
 
 @dataclass(frozen=True, slots=True)

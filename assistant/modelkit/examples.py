@@ -43,6 +43,11 @@ class Stage:
     answered: float
     unrelated: float
     mix: tuple[tuple[str, float], ...]
+    #: Of written answers, those to a question about something else: an answer follows the intent it
+    #: is given, also where that was decided against what the network reads in the question.
+    overruled: float = 0.25
+    #: Of what each layer adds: a few thousand written wordings are seen dozens of times.
+    dropout: float = 0.1
 
 
 #: Questions alone take 14 tokens instead of 50: what they mean is learned on four times as many.
@@ -74,6 +79,8 @@ ANSWERS = Stage(
         ("made", 0.20),
     ),
 )  # fmt: skip
+#: Answers are learned nearly by heart, which dropout and bare text are in the way of.
+WORDS = replace(ANSWERS, unlabelled=0.0, answered=0.9, overruled=0.5, dropout=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +96,6 @@ class TrainConfig:
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     ema: float = 0.998
-    #: Of what each layer adds: a few thousand written wordings are seen dozens of times.
-    dropout: float = 0.1
     #: Of the loss over what users say; none, for a question is not what the model writes.
     question_weight: float = 0.0
     teach_weight: float = 2.0
@@ -98,10 +103,7 @@ class TrainConfig:
     soft_weight: float = 1.0
     scope_weight: float = 0.5
     answer_weight: float = 1.0
-    #: Of written answers, those to a question about something else: an answer follows the intent it
-    #: is given, also where that was decided against what the network reads in the question.
-    overruled: float = 0.25
-    stages: tuple[Stage, ...] = (QUESTIONS, ANSWERS)
+    stages: tuple[Stage, ...] = (QUESTIONS, replace(ANSWERS, until=0.9), WORDS)
     checkpoint_every_s: float = 120.0
 
     def stage(self, progress: float) -> Stage:
@@ -109,21 +111,13 @@ class TrainConfig:
         return next((one for one in self.stages if progress < one.until), self.stages[-1])
 
     def continued(self) -> TrainConfig:
-        """For weights that are trained already and shall learn new questions, with the teacher.
-
-        Its projection is not kept with the weights and begins anew, which costs the first minutes.
-        Answers suffer meanwhile: ``tuning`` comes after it.
-        """
-        return replace(self, learning_rate=8e-4, stages=(replace(QUESTIONS, until=0.6), ANSWERS))
+        """For weights that are trained already and shall learn new questions."""
+        stages = (replace(QUESTIONS, until=0.45), replace(ANSWERS, until=0.7), WORDS)
+        return replace(self, learning_rate=8e-4, stages=stages)
 
     def tuning(self) -> TrainConfig:
-        """For weights that are trained already: gentler, no bare text, mostly answers.
-
-        No teacher either: the projection to its space is not kept with the weights.
-        """
-        stage = replace(ANSWERS, unlabelled=0.0, answered=0.9)
-        gentle = replace(self, learning_rate=5e-4, dropout=0.0, overruled=0.5, stages=(stage,))
-        return gentle.without_teacher()
+        """For weights that are trained already: gentler, no bare text, mostly answers."""
+        return replace(self, learning_rate=5e-4, stages=(WORDS,))
 
     def without_teacher(self) -> TrainConfig:
         return replace(self, teach_weight=0.0, soft_weight=0.0)
@@ -178,7 +172,7 @@ class ExampleMaker:
         """A random example for this point (0..1) of the run."""
         self.stage = self.config.stage(progress)
         if self.unlabelled and self.rng.random() < self.stage.unlabelled:
-            return self._plain(self.rng.choice(self.unlabelled))
+            return self.plain(self.rng.choice(self.unlabelled))
         known = {"made", *self.by_group}
         mix = [(name, weight) for name, weight in self.stage.mix if name in known]
         names, weights = zip(*mix, strict=True)
@@ -188,7 +182,7 @@ class ExampleMaker:
             return self._labelled(Sample(turns, group))
         return self._labelled(self.rng.choice(self.rng.choice(self.by_group[group])))
 
-    def _plain(self, text: str) -> Example:
+    def plain(self, text: str) -> Example:
         ids = [self.user, *self._question(text), self.assistant]
         return self._example(ids, teacher=self.teacher_index.get(text, -1))
 
@@ -261,7 +255,7 @@ class ExampleMaker:
             return turn.intent, self.encoder.answer(turn.answer)
         if self.rng.random() >= self.stage.answered:
             return turn.intent, []
-        overruled = self.rng.random() < self.config.overruled
+        overruled = self.rng.random() < self.stage.overruled
         under = self.rng.choice(self.answered) if overruled else turn.intent
         return under, self.encoder.answer(self._written(under, parts))
 

@@ -69,13 +69,13 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape, dropout: float) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin))
@@ -84,18 +84,15 @@ class Layer(nn.Module):
 
 
 class Student(nn.Module):
-    """Decoder with tied embedding; ``teach`` maps its pooled state to a teacher's embedding.
+    """Decoder with tied embedding; ``teach`` maps its pooled state to a teacher's embedding."""
 
-    ``dropout``: the share of what each part says that is left out while it trains.
-    """
-
-    def __init__(self, shape: Shape, teacher_dim: int = 384, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, teacher_dim: int = 384) -> None:
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(0.0)
         self.teach = nn.Linear(shape.hidden_size, teacher_dim, bias=False)
         cos, sin = rotary(shape)
         self.register_buffer("cos", cos, persistent=False)
@@ -114,6 +111,12 @@ class Student(nn.Module):
             x = layer(x, cos, sin)
         out: Tensor = self.norm(x)
         return out
+
+    def drop_out(self, share: float) -> None:
+        """While it trains, leave out that share of what each part says."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embed_tokens.weight.T

@@ -41,6 +41,8 @@ Judge = Callable[["Student", Encoder], float]
 #: to learn the answers too.
 _JUDGED_AT = (0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95, 1.0)
 _KEPT_FROM = 0.85
+#: Texts that a projection to the teacher's space is fitted to; a state has some 300 numbers.
+_AIMED_AT = 8_192
 
 
 class Loss:
@@ -170,6 +172,7 @@ class Run:
     def step(self, loss: Loss, batch: Tensors) -> dict[str, float]:
         import torch
 
+        self.model.drop_out(self.config.stage(self.progress).dropout)
         rate = learning_rate(self.config, self.progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -267,7 +270,7 @@ def train(
     torch.set_flush_denormal(True)  # tiny numbers cost a hundred times what they are worth
     encoder = _tokenizer(corpus, folder, config, start)
     shape = Shape(vocab_size=encoder.tokenizer.get_vocab_size())
-    model = Student(shape, dropout=config.dropout)
+    model = Student(shape)
     model.to(config.device)
     if start is not None:
         _load_weights(model, start)
@@ -275,6 +278,8 @@ def train(
         _warm(model, encoder)
     maker = ExampleMaker(corpus, encoder, mask, config, random.Random(config.seed))  # noqa: S311
     teacher = _teacher(maker, corpus, mask, folder, config, progress)
+    if start is not None and teacher is not None:
+        _aim(model, maker, teacher)
     run = Run(model, config, folder)
     if resume and run.resume():
         progress(f"resumed at step {run.steps:,}, {run.progress:.0%} of the time budget")
@@ -390,6 +395,25 @@ def _teacher(
     found = teacher_embeddings(texts, folder / "teacher.npz", config.device, progress)
     progress("teacher: learning the intents ...")
     return soft_intents(found, [sample.turns[-1].intent for sample in corpus.labelled])
+
+
+def _aim(model: Student, maker: ExampleMaker, teacher: Teacher) -> None:
+    """Fits the projection to the teacher's space, which is not kept with the weights: least squares
+    over some texts. One that begins anew pulls trained states about for minutes."""
+    import torch
+
+    texts = maker.rng.sample(list(maker.teacher_index), min(_AIMED_AT, len(maker.teacher_index)))
+    examples = sorted(map(maker.plain, texts), key=lambda example: len(example.ids))
+    states, wanted = [], []
+    model.eval()
+    with torch.no_grad():
+        for at in range(0, len(examples), 64):
+            batch = collate(examples[at : at + 64], maker.config.device)
+            states.append(model(batch.ids)[torch.arange(len(batch.at)), batch.at].float())
+            wanted.append(teacher.embeddings[batch.teacher].float())
+        found = torch.linalg.lstsq(torch.cat(states), torch.cat(wanted)).solution
+        model.teach.weight.copy_(found.T)
+    model.train()
 
 
 def _write_settings(folder: Path, corpus: Corpus, config: TrainConfig) -> None:

@@ -62,9 +62,10 @@ _GROUP = "correction"
 def gentle(minutes: float, seed: int, device: str) -> TrainConfig:
     """A learning rate that leaves trained weights near where they are, and no teacher but them."""
     config = TrainConfig(minutes=minutes, seed=seed, device=device).without_teacher()
+    stage = replace(ANSWERS, unlabelled=0.15, answered=0.4, dropout=0.0)
     return replace(
         config, learning_rate=1e-4, weight_decay=0.0, ema=0.95, batch_tokens=1024,
-        stages=(replace(ANSWERS, unlabelled=0.15, answered=0.4),), checkpoint_every_s=60.0,
+        stages=(stage,), checkpoint_every_s=60.0,
     )  # fmt: skip
 
 

@@ -309,13 +309,15 @@ def test_an_answer_learns_to_follow_its_intent_also_against_the_question(
     data: Path, trained: tuple[Path, str], share: float
 ) -> None:
     import random
+    from dataclasses import replace
 
     from assistant.modelkit import train as module
+    from assistant.modelkit.examples import ANSWERS
     from assistant.modelkit.tokens import Encoder
 
     encoder, found = Encoder.load(trained[0] / "tokenizer.json"), corpus.build(data)
     assert found.answers is not None
-    config = module.TrainConfig(overruled=share)
+    config = module.TrainConfig(stages=(replace(ANSWERS, overruled=share),))
     maker = module.ExampleMaker(found, encoder, facts.mask, config, random.Random(0))
     names = {id_: name for name, id_ in maker.intents.items()}
     written = {
@@ -354,6 +356,46 @@ def test_questions_are_read_alone_before_answers_and_conversations(
     talks = [one.ids[: one.at] for one in late if one.ids[: one.at].count(user) > 1]
     marked = [bool(marks & set(ids)) for ids in talks]
     assert any(marked) and not all(marked), "serving meets both forms of a history"
+
+
+def test_the_projection_to_the_teacher_is_fitted_to_weights_that_are_trained_already(
+    data: Path, trained: tuple[Path, str]
+) -> None:
+    import random
+
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    from assistant.modelkit import train as module
+    from assistant.modelkit.distil import Teacher
+    from assistant.modelkit.student import Shape, Student
+    from assistant.modelkit.tokens import Encoder
+
+    found, encoder = corpus.build(data), Encoder.load(trained[0] / "tokenizer.json")
+    config = module.TrainConfig()
+    maker = module.ExampleMaker(found, encoder, facts.mask, config, random.Random(0))
+    texts = [sample.turns[-1].question for sample in found.labelled]
+    maker.teacher_index = {text: at for at, text in enumerate(texts)}
+    model = Student(Shape(vocab_size=encoder.tokenizer.get_vocab_size()))
+    module._load_weights(model, trained[0])
+    batch = module.collate([maker.plain(text) for text in texts], "cpu")
+    with torch.no_grad():
+        states = model(batch.ids)[torch.arange(len(batch.at)), batch.at]
+    turn = torch.randn(states.shape[1], 384, generator=torch.Generator().manual_seed(1))
+    teacher = Teacher(states @ turn, torch.zeros(0), torch.zeros(0))
+    module._aim(model, maker, teacher)
+    told = F.cosine_similarity(model.teach(states), states @ turn)
+    assert model.training and float(told.detach().mean()) > 0.9
+
+
+def test_a_stage_says_how_much_is_left_out(tmp_path: Path) -> None:
+    from assistant.modelkit.examples import QUESTIONS, WORDS
+    from assistant.modelkit.student import Shape, Student
+
+    model = Student(Shape(vocab_size=64))
+    for stage in (QUESTIONS, WORDS):
+        model.drop_out(stage.dropout)
+        assert {one.drop.p for one in [model, *model.layers]} == {stage.dropout}
 
 
 def test_a_run_made_longer_forgets_what_was_late_in_the_shorter_one(
