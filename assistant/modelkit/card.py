@@ -157,9 +157,11 @@ _TRAINING = """Trained from scratch in ONE run of {minutes:g} minutes on {device
 rate {rate:g}. Repeat with `python manage.py train_model --data DIR --out RUN --minutes {minutes:g} --seed {seed}`.
 The first {questions:.0%} of it reads questions alone (short, so many of them), the rest answers and conversations too.
 What training learns at once: intent, scope and answer{taught}."""
-_TUNED = """Fine-tuned for {minutes:g} minutes on {device} from an earlier checkpoint, without a teacher."""
+_TUNED = """Fine-tuned for {minutes:g} minutes on {device} from an earlier checkpoint, seed {seed}, learning rate {rate:g}:
+intent, scope and answer{taught}."""
 _TAUGHT = """, and from a teacher (a sentence encoder that does not ship)
-its embeddings, its opinion of the intent of every text (soft labels, also of text that has none) and, as
+its embeddings, its opinion of the intent of every text (soft labels, also of text that has none){start}"""
+_STARTED = """ and, as
 a start, the meanings of words (its word vectors, turned to fewer dimensions)"""
 _TEACHER = """| all-MiniLM-L6-v2 (sentence-transformers) | teacher during training: embeddings, soft intents, starting word vectors; not shipped | Apache-2.0 |
 """
@@ -249,16 +251,17 @@ def _training(settings: Mapping[str, Any], cores: int) -> str:
     if not settings:
         return ""
     device = f"{cores} CPU cores" if settings["device"] == "cpu" else "a GPU"
-    # A run of one stage is one that began with trained weights.
-    form = _TRAINING if len(settings["stages"]) > 1 else _TUNED
-    return form.format(
+    # Before that was noted, a run of one stage was one that began with trained weights.
+    fresh = settings.get("fresh", len(settings["stages"]) > 1)
+    taught = _TAUGHT.format(start=_STARTED if fresh else "") if _has_teacher(settings) else ""
+    return (_TRAINING if fresh else _TUNED).format(
         minutes=settings["minutes"],
         device=device,
         seed=settings["seed"],
         batch=settings["batch_tokens"],
         rate=settings["learning_rate"],
         questions=settings["stages"][0]["until"],
-        taught=_TAUGHT if _has_teacher(settings) else "",
+        taught=taught,
     )
 
 

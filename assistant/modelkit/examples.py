@@ -89,6 +89,8 @@ class TrainConfig:
 
     minutes: float = 75.0
     seed: int = 0
+    #: From no weights at all.
+    fresh: bool = True
     device: str = "cpu"
     vocab_size: int = 6144
     batch_tokens: int = 2048
@@ -113,11 +115,11 @@ class TrainConfig:
     def continued(self) -> TrainConfig:
         """For weights that are trained already and shall learn new questions."""
         stages = (replace(QUESTIONS, until=0.45), replace(ANSWERS, until=0.7), WORDS)
-        return replace(self, learning_rate=8e-4, stages=stages)
+        return replace(self, fresh=False, learning_rate=8e-4, stages=stages)
 
     def tuning(self) -> TrainConfig:
         """For weights that are trained already: gentler, no bare text, mostly answers."""
-        return replace(self, learning_rate=5e-4, stages=(WORDS,))
+        return replace(self, fresh=False, learning_rate=5e-4, stages=(WORDS,))
 
     def without_teacher(self) -> TrainConfig:
         return replace(self, teach_weight=0.0, soft_weight=0.0)

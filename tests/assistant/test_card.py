@@ -91,7 +91,14 @@ def test_the_run_is_described_as_it_was_set(findings: Findings, tmp_path: Path) 
 
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "without a teacher": (asdict(TrainConfig().without_teacher()), "ONE run of 75 minutes"),
-    "from a checkpoint": (asdict(TrainConfig(minutes=9).tuning()), "Fine-tuned for 9 minutes"),
+    "from a checkpoint": (
+        asdict(TrainConfig(minutes=9).tuning().without_teacher()),
+        "Fine-tuned for 9 minutes",
+    ),
+    "from a checkpoint, all of it": (
+        asdict(TrainConfig(minutes=60).continued()),
+        "Fine-tuned for 60 minutes",
+    ),
     "on a GPU": (asdict(TrainConfig(device="cuda")), "on a GPU"),
     "nobody wrote down": ({}, "## Figures"),
 }
@@ -104,6 +111,8 @@ def test_a_run_may_also_be(run: str, findings: Findings, tmp_path: Path) -> None
     assert words in text
     if run in ("without a teacher", "from a checkpoint"):
         assert "MiniLM" not in text
+    if run == "from a checkpoint, all of it":
+        assert "MiniLM" in text and "soft labels" in text and "the meanings of words" not in text
 
 
 def test_questions_stand_with_their_answers_and_talks_stay_together(
