@@ -253,13 +253,16 @@ def test_only_trained_weights_are_trained_on_as_a_whole(
     assert not (tmp_path / "run").exists()
 
 
-def test_trained_weights_learn_questions_again_with_the_teacher_or_only_polish_answers() -> None:
+def test_trained_weights_learn_questions_again_or_only_polish_answers() -> None:
     from assistant.modelkit.examples import TrainConfig
 
-    whole, polish = TrainConfig().continued(), TrainConfig().tuning()
-    assert whole.teach_weight > 0 == polish.teach_weight
-    assert whole.stage(0.5).answered == 0 < whole.stage(0.9).answered < polish.stage(0.0).answered
-    assert TrainConfig().learning_rate > whole.learning_rate > polish.learning_rate
+    new, whole, polish = TrainConfig(), TrainConfig().continued(), TrainConfig().tuning()
+    assert new.teach_weight == whole.teach_weight == polish.teach_weight > 0
+    assert whole.stage(0.4).answered == 0 < whole.stage(0.6).answered
+    assert new.stage(1.0) == whole.stage(0.9) == polish.stage(0.0), "all end with answers"
+    assert whole.stage(0.9).answered > whole.stage(0.6).answered
+    assert new.learning_rate > whole.learning_rate > polish.learning_rate
+    assert (new.fresh, whole.fresh, polish.fresh) == (True, False, False)
 
 
 def test_equal_seeds_draw_equal_examples(data: Path, trained: tuple[Path, str]) -> None:
