@@ -7,16 +7,15 @@ it from the very turn that is waited for.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
+from channels.db import DatabaseSyncToAsync  # type: ignore[import-untyped]
 from django.conf import settings
 from django.db import close_old_connections
 
@@ -26,21 +25,8 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """What ``function`` returns, beside the running loop. Raises: whatever it raises.
-
-    As ``channels.db.database_sync_to_async`` does it, for a third of its cost: what a function may
-    ask of that besides (to get back to the loop, to be in the main thread) is not asked here.
-    """
-    call = partial(contextvars.copy_context().run, _with_database, function, *args)
-    return await asyncio.get_running_loop().run_in_executor(None, call)
-
-
-def _with_database(function: Callable[..., T], *args: Any) -> T:
-    close_old_connections()
-    try:
-        return function(*args)
-    finally:
-        close_old_connections()
+    """What ``function`` returns, beside the running loop. Raises: whatever it raises."""
+    return await DatabaseSyncToAsync(function, thread_sensitive=False)(*args)  # type: ignore[no-any-return]
 
 
 def waited(work: Callable[..., Awaitable[T]], *args: Any) -> T:

@@ -14,7 +14,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,15 +78,12 @@ class OneThreadHandler(ASGIHandler):
     async def _while_listening(self, answer: Coroutine[Any, Any, None], receive: Any) -> None:
         """Raises: whatever ``answer`` raises, but not that it was cancelled."""
         gone = asyncio.create_task(self.listen_for_disconnect(receive))
-        try:
-            async with asyncio.timeout(None) as connected:
-                gone.add_done_callback(partial(_end, connected))
-                await answer
-        except TimeoutError:
-            if not connected.expired():
-                raise
-        finally:
-            gone.cancel()
+        answering = asyncio.create_task(answer)
+        await asyncio.wait({gone, answering}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (gone, answering):
+            task.cancel()
+            with suppress(asyncio.CancelledError, RequestAborted):
+                await task
 
     def load_middleware(self, is_async: bool = False) -> None:
         """``settings.MIDDLEWARE`` as one synchronous chain, behind the static files."""
@@ -107,13 +103,6 @@ class OneThreadHandler(ASGIHandler):
         self._middleware_chain = convert_exception_to_response(
             ServeStaticMiddleware(_in_threads(respond))
         )
-
-
-def _end(connected: asyncio.Timeout, gone: asyncio.Task[None]) -> None:
-    if not gone.cancelled():
-        gone.exception()  # that the client left is none
-        with suppress(RuntimeError):  # it was answered meanwhile
-            connected.reschedule(asyncio.get_running_loop().time())
 
 
 def _in_threads(respond: Callable[[HttpRequest], HttpResponseBase]) -> Any:

@@ -399,14 +399,10 @@ class Turn:
     async def _finish(self, ending: Ending, error: AssistantError | None) -> None:
         """Store, make room, tell the readers, tell the observers: in this order."""
         self._log.flush()
-        if not self._stored and not limits.counts_tokens():  # nothing to wait for
-            message = self._filled(ending, error)
-        elif await self._saved(ending, error):
+        waits = self._stored or limits.counts_tokens()  # for the database, or the cache
+        if waits and await self._saved(ending, error):
             return
-        else:
-            message = self._filled(
-                ending, error
-            )  # the reader still gets it; the reaper marks the row
+        message = self._filled(ending, error)  # not saved, its reader gets it; the reaper marks it
         self._ended(message, error)
         await in_thread(self._tell, message, ending)
 

@@ -278,11 +278,11 @@ def train(
         _warm(model, encoder)
     maker = ExampleMaker(corpus, encoder, mask, config, random.Random(config.seed))  # noqa: S311
     teacher = _teacher(maker, corpus, mask, folder, config, progress)
-    if start is not None and teacher is not None:
-        _aim(model, maker, teacher)
     run = Run(model, config, folder)
     if resume and run.resume():
         progress(f"resumed at step {run.steps:,}, {run.progress:.0%} of the time budget")
+    elif start is not None and teacher is not None:
+        _aim(model, maker, teacher)
     _write_settings(folder, corpus, config)
     try:
         _loop(run, maker, Loss(encoder, config, teacher), judge, progress)

@@ -95,7 +95,7 @@ async def test_a_thread_that_waits_for_an_answer_holds_no_place(monkeypatch: Any
             return waited(work)
 
     assert await room.take()
-    viewed = asyncio.create_task(sync_to_async(view, thread_sensitive=False)())
+    viewed = asyncio.create_task(threads.in_thread(view))
     await asyncio.wait_for(waits.wait(), 2)
     assert await asyncio.wait_for(room.take(), 2)
     answer.set()
