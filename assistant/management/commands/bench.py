@@ -194,10 +194,10 @@ class _Options:
                 "--peers compares the same weights in every engine's own format, so it needs "
                 "--random NAME (15m, smollm2-135m) instead of a built model"
             )
-        if given["plot"] and find_spec("matplotlib") is None:
-            raise ValueError(f"--plot needs matplotlib: {peers.EXTRA}, or pip install matplotlib")
         if given["plot"] and not given["plot"].parent.is_dir():
             raise ValueError(f"--plot {given['plot']}: there is no folder {given['plot'].parent}")
+        if given["plot"] and find_spec("matplotlib") is None:
+            raise ValueError(f"--plot needs matplotlib: {peers.EXTRA}, or pip install matplotlib")
         if min(given["repeats"], given["timeout_s"]) < 1 or given["threads"] < 0:
             raise ValueError("repeats and seconds of patience start at 1, threads at 0")
         names = given["workloads"] or ",".join(workloads.CORE)
