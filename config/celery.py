@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
+import logging.config
 import os
 from typing import Any
 
 from celery import Celery
 from celery.schedules import crontab
+from celery.signals import setup_logging
+from django.conf import settings
+from django_structlog.celery.steps import DjangoStructLogInitStep
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 app = Celery("inhouse")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
+app.steps["worker"].add(DjangoStructLogInitStep)  # lines of a task hold its id and its request's
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def log_as_settings_say(**_: Any) -> None:
+    """Instead of Celery's own format, so that a worker's lines are objects where a server's are."""
+    logging.config.dictConfig(settings.LOGGING)
 
 
 def _every(task: str, seconds: float) -> dict[str, Any]:

@@ -244,6 +244,7 @@ INSTALLED_APPS = [
     "drf_spectacular_sidecar",
     "csp",
     "django_ratelimit",  # only for its checks of the cache
+    "django_structlog",
     "monitoring",
     "conversations",
     "fallback",
@@ -252,6 +253,7 @@ INSTALLED_APPS = [
 MIDDLEWARE = [
     "conversations.access.request_id_middleware",
     "monitoring.views.http_metrics_middleware",
+    "monitoring.request_log.RequestLog",
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -875,7 +877,7 @@ LOGGING = {
     },
     "disable_existing_loggers": False,
     "formatters": {
-        "plain": {"format": "{asctime} {levelname} {name} {message}", "style": "{"},
+        "plain": {"()": "monitoring.logs.plain_formatter"},
         "json": {"()": "monitoring.logs.json_formatter"},
     },
     "handlers": {
@@ -887,6 +889,9 @@ LOGGING = {
     },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
 }
+# An address is more than a line needs. A task's lines hold the id of the request that asked for it.
+DJANGO_STRUCTLOG_IP_LOGGING_ENABLED = False
+DJANGO_STRUCTLOG_CELERY_ENABLED = True
 if ASSISTANT_LOG_FORMAT == "json":
     # uvicorn has handlers of its own, for people; its line of each request is one of ours instead.
     LOGGING["loggers"] = {
@@ -898,6 +903,7 @@ if ASSISTANT_LOG_FORMAT == "json":
 else:
     LOGGING["loggers"] = {
         "monitoring.logs": {"level": "CRITICAL"},  # figures are for machines
+        "django_structlog": {"level": "CRITICAL"},  # and so is a line for each request
         "httpx2": {"level": "WARNING"},
     }
 # The extra `observability` sends them; standard names, so that an agent's settings fit.

@@ -52,6 +52,8 @@ SAVE_PAUSES_S = (0.2, 1.0, 5.0, 20.0)
 #: A person is asked even if the reader left meanwhile; not if they said "stop".
 _HANDED_OVER: tuple[Ending, ...] = ("complete", "interrupted")
 
+#: Sent once per turn that found room, with its ids, ``transport`` and ``attempt``.
+turn_opened = Signal()
 #: Sent once per turn, after it is stored, with ``record: TurnRecord``. Receivers only observe.
 turn_finished = Signal()
 #: Sent for each question that found no room, with ``transport`` and the error's ``code``.
@@ -218,14 +220,14 @@ class Turn:
             question = limits.admit(caller, text)
             with running.room_for(caller):
                 opened = opening.first_run(caller, conversation, question, params, once)
-                return running.add(cls(opened, caller, transport, asked))
+                return cls._opened(opened, caller, transport, asked)
 
     @classmethod
     def retry(cls, caller: Caller, message_id: uuid.UUID, *, transport: str = "rest") -> Turn:
         """A turn that writes a broken answer again, in place. Raises: AssistantError."""
         with _refusals_told(transport) as asked, running.room_for(caller):
             opened = opening.another_run(caller, message_id)
-            return running.add(cls(opened, caller, transport, asked))
+            return cls._opened(opened, caller, transport, asked)
 
     @classmethod
     def passing(
@@ -245,7 +247,7 @@ class Turn:
             limits.admit(caller, said.question)
             with running.room_for(caller):
                 opened = opening.passing_run(caller, said, params, steps)
-                return running.add(cls(opened, caller, transport, asked))
+                return cls._opened(opened, caller, transport, asked)
 
     @classmethod
     def regenerate(
@@ -259,7 +261,7 @@ class Turn:
         """A turn that writes another answer beside that one. Raises: AssistantError."""
         with _refusals_told(transport) as asked, running.room_for(caller):
             opened = opening.new_version(caller, message_id, None, once)
-            return running.add(cls(opened, caller, transport, asked))
+            return cls._opened(opened, caller, transport, asked)
 
     @classmethod
     def edit(
@@ -275,7 +277,22 @@ class Turn:
         limits.valid_text(text, limit=settings.ASSISTANT_MAX_TEXT_CHARS)
         with _refusals_told(transport) as asked, running.room_for(caller):
             opened = opening.new_version(caller, message_id, text, once)
-            return running.add(cls(opened, caller, transport, asked))
+            return cls._opened(opened, caller, transport, asked)
+
+    @classmethod
+    def _opened(cls, opened: opening.Opened, caller: Caller, transport: str, asked: _Asked) -> Turn:
+        """The turn in its place among those that run; observers hear of it."""
+        turn = running.add(cls(opened, caller, transport, asked))
+        turn_opened.send_robust(
+            sender=Turn,
+            request_id=asked.request_id,
+            user_id=caller.user_id,
+            conversation_id=turn.conversation_id,
+            message_id=turn.message.pk,
+            transport=transport,
+            attempt=turn.message.attempt,
+        )
+        return turn
 
     # -- reading
 

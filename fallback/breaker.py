@@ -206,7 +206,7 @@ class Breaker:
         changed = self.circuit.end(call.permit, outcome, lost_s)
         if changed is not None:
             event = "circuit_opened" if changed is State.OPEN else "circuit_closed"
-            log.warning("%s %s", event, self.target)
+            log.warning(event, extra={"backend": self.target})
         if self.shared and (changed is not None or call.place):
             self._untold = self._untold or changed is not None
             asyncio.get_running_loop().run_in_executor(None, self._tell, changed, call.place)

@@ -17,6 +17,7 @@ class MonitoringConfig(AppConfig):
             loop,
             metrics,
             reading,
+            request_log,
             rollups,
             shadow,
             shadowing,
@@ -24,7 +25,9 @@ class MonitoringConfig(AppConfig):
         )
 
         metrics.connect()
+        logs.use_structlog()
         logs.connect()
+        request_log.connect()
         rollups.connect()
         tracing.connect()
         draining.obey()

@@ -15,6 +15,7 @@ from typing import Any
 
 from celery.signals import task_postrun
 from django.db.models.signals import post_save
+from django.http import HttpRequest
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from assistant import backends
@@ -51,6 +52,14 @@ def known(value: str, allowed: Collection[str]) -> str:
     if not value:
         return NONE
     return value if value in allowed else OTHER
+
+
+def view_of(request: HttpRequest) -> str:
+    """The name of what answered, which is from a closed set; ``none`` if nothing was found."""
+    match = request.resolver_match
+    if match is None:
+        return NONE
+    return "admin" if "admin" in match.app_names else match.view_name or OTHER
 
 
 class _Models:

@@ -18,12 +18,10 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonRespons
 from django.http.response import Http404
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
-from structlog.contextvars import bound_contextvars
 
 from conversations.limits import UNKNOWN, client_address
 from monitoring import metrics
 from monitoring.health import checker
-from monitoring.logs import log_request
 from monitoring.page import page
 
 log = logging.getLogger(__name__)
@@ -120,8 +118,7 @@ def http_metrics_middleware(
 
     def counted(request: HttpRequest) -> HttpResponseBase:
         began = time.perf_counter()
-        with bound_contextvars(request_id=getattr(request, "request_id", "")):
-            response = respond(request)
+        response = respond(request)
         try:
             _count(request, response.status_code, time.perf_counter() - began)
         except Exception as error:  # such as a full disk, with several processes
@@ -132,20 +129,6 @@ def http_metrics_middleware(
 
 
 def _count(request: HttpRequest, status: int, seconds: float) -> None:
-    view, method = _view_of(request), metrics.known(request.method or "", _METHODS)
+    view, method = metrics.view_of(request), metrics.known(request.method or "", _METHODS)
     metrics.HTTP_REQUESTS.labels(view, method, str(status)).inc()
     metrics.HTTP_DURATION.labels(view).observe(seconds)
-    log_request(
-        request_id=getattr(request, "request_id", ""),
-        view=view,
-        method=method,
-        http_status=status,
-        duration_ms=round(seconds * 1000, 3),
-    )
-
-
-def _view_of(request: HttpRequest) -> str:
-    match = request.resolver_match
-    if match is None:
-        return metrics.NONE
-    return "admin" if "admin" in match.app_names else match.view_name or metrics.OTHER

@@ -366,6 +366,7 @@ class VersionedBackend(Backend):
 
     def _load(self, wanted: _Wanted) -> _Model:
         """Loaded, its files and its arithmetic checked. Raises: ModelUnavailable."""
+        begun = time.monotonic()
         backend = OnnxBackend(self.alias, replace(self.options, model_dir=wanted.folder))
         backend.check()
         manifest = backend.engine.manifest
@@ -377,6 +378,8 @@ class VersionedBackend(Backend):
                 f"{wanted.folder} holds another model than the one that was registered. Put that "
                 "one back, or register this one as a version of its own."
             )
+        took_ms = round((time.monotonic() - begun) * 1000)
+        log.info("model_loaded", extra={"model": found.name, "duration_ms": took_ms})
         return found
 
 

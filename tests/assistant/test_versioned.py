@@ -126,11 +126,14 @@ async def test_without_an_active_version_the_model_of_the_settings_answers(backe
 
 
 async def test_a_process_that_starts_loads_the_active_version_and_no_other(
-    backend, folders
+    backend, folders, caplog
 ) -> None:
+    caplog.set_level("INFO", logger="assistant")
     await in_thread(activate, folders["1"])
     assert await model_of(backend) == "tiny@1"
     assert len(backend.engines()) == 1
+    loaded = [record for record in caplog.records if record.message == "model_loaded"]
+    assert [record.model for record in loaded] == ["tiny@1"] and loaded[0].duration_ms > 0
 
 
 async def test_a_move_is_noticed_within_two_seconds_of_the_usual_pace(
@@ -298,6 +301,7 @@ async def test_a_server_whose_only_model_is_damaged_answers_by_rules_and_tries_s
     assert len(tries) <= 5, "the breaker opens, and nothing is loaded for every question"
 
 
+@pytest.mark.load
 def test_a_file_is_refused_by_its_hash_within_two_seconds_a_gigabyte(folders, tmp_path) -> None:
     """Fault F15, with a file of an eighth of that; the fastest of three, beside whatever runs."""
     folder = shutil.copytree(folders["1"], tmp_path / "large")

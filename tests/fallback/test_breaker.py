@@ -410,7 +410,8 @@ async def looks(one: Breaker) -> State:
     return one.state
 
 
-async def test_a_trip_is_known_to_the_others_and_so_is_the_recovery() -> None:
+async def test_a_trip_is_known_to_the_others_and_so_is_the_recovery(caplog: Any) -> None:
+    caplog.set_level("INFO", logger="fallback.breaker")
     here, there = another("upstream", probes=1), another("upstream", probes=1)
     await made_bad(here)
     assert await looks(there) is State.OPEN
@@ -423,6 +424,8 @@ async def test_a_trip_is_known_to_the_others_and_so_is_the_recovery() -> None:
     assert there.state is State.CLOSED
     assert await looks(here) is State.CLOSED
     assert await looks(another("upstream")) is State.CLOSED, "nothing is left behind"
+    told = [(record.message, record.backend) for record in caplog.records]
+    assert told == [("circuit_opened", "upstream"), ("circuit_closed", "upstream")]
 
 
 async def test_the_probe_budget_is_one_for_all_processes() -> None:

@@ -400,6 +400,7 @@ def test_a_worker_takes_its_tasks_from_redis(redis: Redis, postgres: str, tmp_pa
         "ASSISTANT_DATA_DIR": str(tmp_path),
         "REDIS_URL": redis.url,
         "DATABASE_URL": postgres,
+        "ASSISTANT_LOG_FORMAT": "json",
     }
     prepare(**variables)
     send = "from config.celery import app; app.send_task('conversations.tasks.reap_stale_turns')"
@@ -408,17 +409,19 @@ def test_a_worker_takes_its_tasks_from_redis(redis: Redis, postgres: str, tmp_pa
     log = tmp_path / "worker.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "config", "worker", "--pool", "solo",
-             "--loglevel", "INFO"],
+            [sys.executable, "-m", "celery", "--quiet", "-A", "config", "worker", "-P", "solo"],
             cwd=ROOT, env={**os.environ, **variables}, stdout=output, stderr=output,
         )  # fmt: skip
     try:
-        done = "reap_stale_turns["
-        wait_until(lambda: " succeeded in " in log.read_text(), process, log)
-        assert done in log.read_text()
+        wait_until(lambda: "task_succeeded" in log.read_text(), process, log)
     finally:
         process.terminate()
         process.wait(30)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    began, ended = (line for line in lines if line["event"] in {"task_started", "task_succeeded"})
+    assert began["task"] == "conversations.tasks.reap_stale_turns"
+    assert began["task_id"] == ended["task_id"] and ended["duration_ms"] >= 0
+    assert not [line for line in log.read_text().splitlines() if line.startswith("[")]
 
 
 def test_daphne_and_uvicorn_serve_the_same_database(stack: Stack, tmp_path: Path) -> None:
