@@ -43,6 +43,7 @@ app.conf.beat_schedule = {
     # A job whose worker died is noticed after 30 s, and one that no worker was told of.
     "revive-jobs": _every("monitoring.tasks.revive", 30.0),
     "watch-canary": _every("monitoring.tasks.watch_canary", 60.0),
+    "follow-retrained": _every("monitoring.tasks.follow_retrained", 60.0),
     "roll-up": _every("monitoring.tasks.roll_up", 300.0),
     # At night, when few ask; odd minutes, because everybody else's jobs run at even ones.
     "evaluate": {"task": "monitoring.tasks.evaluate", "schedule": crontab(hour="3", minute="17")},

@@ -809,6 +809,17 @@ ASSISTANT_RETRAIN_CORRECTIONS = env_whole(
     least=1,
 )
 
+# In shadow nobody reads its answers. A canary's are read, so a person lets it begin.
+ASSISTANT_PROMOTE_UP_TO = env_text(
+    "ASSISTANT_PROMOTE_UP_TO",
+    "shadow",
+    "How far gates take a retrained model without a person: candidate, shadow, canary or active.",
+)
+if ASSISTANT_PROMOTE_UP_TO not in {"candidate", "shadow", "canary", "active"}:
+    raise _bad(
+        "ASSISTANT_PROMOTE_UP_TO", ASSISTANT_PROMOTE_UP_TO, "candidate, shadow, canary or active"
+    )
+
 # --- Who may watch -------------------------------------------------------------------------------
 
 ASSISTANT_METRICS_TOKEN = env_secret(

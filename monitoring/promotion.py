@@ -1,13 +1,16 @@
 """From candidate to active, a gate at a time, and back: what staff, commands and jobs call.
 
 ``registry`` moves, the gates judge, this asks the right gate for the next step and keeps what it
-said. Knows neither how a gate judges nor who serves.
+said. ``follow`` does the same for retrained models, as far as settings let them go by themselves.
+Knows neither how a gate judges nor who serves.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from django.conf import settings
@@ -17,6 +20,9 @@ from assistant import registry
 from assistant.models import ModelVersion
 from assistant.registry import RegistryError, State
 from monitoring.gates import Gate
+from monitoring.models import Job
+
+log = logging.getLogger(__name__)
 
 #: Of each state, the gate out of it, by where it is, and the state behind it.
 STEPS: dict[str, tuple[str, str, str]] = {
@@ -91,6 +97,59 @@ def reject(version: ModelVersion, *, by: Any = None, why: str) -> ModelVersion:
     Raises: RegistryError.
     """
     return registry.move(version, State.REJECTED, by=by, why=why)
+
+
+# -- without a person ------------------------------------------------------------------------------
+
+
+def follow() -> list[str]:
+    """One step of every retrained model that may go on without a person; the labels of those moved.
+
+    For the timetable: asks no gate that takes longer than a few statements.
+    """
+    retrained = Job.objects.filter(kind=Job.Kind.RETRAIN, state=Job.State.DONE)
+    rows = ModelVersion.objects.filter(state__in=STEPS, pk__in=retrained.values("version"))
+    moved = []
+    for version in rows.order_by("pk"):
+        was = version.state
+        try:
+            _follow(version)
+        except RegistryError as error:  # a person was faster, or the place is taken
+            log.info("%s stays %s: %s", version.label, was, error)
+        moved += [version.label] if version.state != was else []
+    return moved
+
+
+def _follow(version: ModelVersion) -> None:
+    name, path, to_state = STEPS[version.state]
+    if version.state == State.SHADOW:
+        gate = _asked(version, name, path)
+        if gate.passed is False:
+            _stop(version, name, gate)
+            return
+    kept = version.gates.get(name) or {}  # of its job, or of who watches the canary
+    if kept.get("passed") and _may_reach(to_state) and _holds(version, kept):
+        share = settings.ASSISTANT["CANARY"]["PERCENT"] if to_state == State.CANARY else 0
+        why = f"by itself, as it was retrained: {kept['why']}"
+        registry.move(version, to_state, why=why, canary_percent=share)
+
+
+def _may_reach(state: str) -> bool:
+    """Whether settings let it, and nobody else is there who would have to go first."""
+    order = [str(State.CANDIDATE), *(to_state for _, _, to_state in STEPS.values())]
+    if order.index(state) > order.index(settings.ASSISTANT_PROMOTE_UP_TO):
+        return False
+    return state == State.ACTIVE or not ModelVersion.objects.filter(state=state).exists()
+
+
+def _holds(version: ModelVersion, kept: dict[str, Any]) -> bool:
+    """Whether it was said of the version where it is, beside the model that is active now: nobody
+    has moved either since."""
+    moved = [row.changed_at for row in (version, registry.active()) if row is not None]
+    return datetime.fromisoformat(kept["at"]) >= max(moved).replace(microsecond=0)
+
+
+# -- one step --------------------------------------------------------------------------------------
 
 
 def _forced(version: ModelVersion, to_state: str, *, by: Any, why: str) -> Step:

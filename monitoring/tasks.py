@@ -57,6 +57,11 @@ def watch_canary() -> None:
 
 
 @shared_task  # type: ignore[untyped-decorator]
+def follow_retrained() -> None:
+    _call("monitoring.promotion.follow")
+
+
+@shared_task  # type: ignore[untyped-decorator]
 def roll_up() -> None:
     _call("monitoring.rollups.roll_up")
 

@@ -162,3 +162,6 @@ def test_a_drifted_stream_ends_in_a_candidate_that_knows_it(
     found = Manifest.load(Path(version.folder)).quality["corrections"]
     assert found["after"]["right"] == 1.0 and found["after"]["right"] > found["before"]["right"]
     assert version.state == ModelVersion.State.CANDIDATE
+    assert promotion.follow() == [version.label], "the timetable lets it write beside the live one"
+    version.refresh_from_db()
+    assert version.state == ModelVersion.State.SHADOW

@@ -18,6 +18,7 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from assistant import backends, registry
 from assistant.backends import versioned
@@ -31,6 +32,7 @@ from conversations.models import Conversation, Message
 from conversations.turn import Turn
 from monitoring import canary, promotion
 from monitoring.gates import Gate
+from monitoring.models import Job
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -69,6 +71,114 @@ def trail(row: ModelVersion) -> list[tuple[str, bool, Any]]:
     """Its moves, oldest first: to where, forced, by whom."""
     rows = row.changes.order_by("id").select_related("by")
     return [(change.to_state, change.forced, change.by) for change in rows]
+
+
+# -- without a person ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def up_to(settings: Any) -> Any:
+    return lambda stage: setattr(settings, "ASSISTANT_PROMOTE_UP_TO", stage)
+
+
+def retrained(number: int = 1, **golden: Any) -> ModelVersion:
+    """A candidate as a retraining leaves it."""
+    row = version(number=number)
+    Job.objects.create(kind="retrain", key=f"r{number}", state="done", version=row)
+    registry.note_gate(row, "golden", Gate(**{"passed": True, "why": "Fine.", **golden}).kept())
+    return row
+
+
+def state_of(row: ModelVersion) -> str:
+    row.refresh_from_db()
+    return row.state
+
+
+def followed(row: ModelVersion, times: int = 1) -> str:
+    for _ in range(times):
+        promotion.follow()
+    return state_of(row)
+
+
+REACHED = {
+    "candidate": ["candidate"] * 4,
+    "shadow": ["shadow"] * 4,
+    "canary": ["shadow", "canary", "canary", "canary"],
+    "active": ["shadow", "canary", "active", "active"],
+}
+
+
+@pytest.mark.parametrize("stage", REACHED)
+def test_a_retrained_model_goes_as_far_as_settings_let_it(gates, up_to, stage, monkeypatch) -> None:
+    up_to(stage)
+    monkeypatch.setattr("monitoring.canary.gate", lambda row: Gate(True, "No worse."))
+    row, reached = retrained(), []
+    for _ in range(4):
+        canary.watch()  # as the timetable does
+        reached.append(followed(row))
+    assert reached == REACHED[stage]
+    assert all(by is None and not forced for _, forced, by in trail(row))
+
+
+@pytest.mark.parametrize(
+    ("said", "state"), [(False, "rejected"), (None, "shadow"), (True, "shadow")]
+)
+def test_the_shadow_gate_stops_it_keeps_it_or_leaves_it_to_a_person(gates, said, state) -> None:
+    row, gates["shadow"] = retrained(), said
+    assert followed(row) == "shadow"
+    assert followed(row) == state
+    assert row.gates["shadow"]["passed"] is said
+
+
+def test_one_that_failed_or_was_not_judged_stays(gates) -> None:
+    failed, unjudged = retrained(1, passed=False), retrained(2, passed=None)
+    assert followed(failed) == followed(unjudged) == "candidate"
+
+
+def test_what_a_person_registered_is_left_to_that_person(gates, up_to) -> None:
+    up_to("active")
+    row = version()
+    registry.note_gate(row, "golden", Gate(True, "Fine.").kept())
+    assert followed(row, 2) == "candidate"
+
+
+def test_what_a_person_took_back_stays_back(gates, sam) -> None:
+    row = retrained()
+    followed(row)
+    ModelVersion.objects.update(changed_at=timezone.now() - timedelta(hours=1))
+    row.refresh_from_db()
+    registry.move(row, "candidate", by=sam, why="not now")
+    kept = {**row.gates["golden"], "at": (timezone.now() - timedelta(minutes=1)).isoformat()}
+    registry.note_gate(row, "golden", kept)
+    assert followed(row, 2) == "candidate"
+
+
+def test_a_gate_passed_beside_another_model_than_the_active_one_does_not_count(gates) -> None:
+    row = retrained()
+    version("active", 9)
+    ModelVersion.objects.filter(state="active").update(
+        changed_at=timezone.now() + timedelta(minutes=1)
+    )
+    assert followed(row, 2) == "candidate"
+
+
+def test_a_second_one_waits_until_the_first_has_left_the_shadow(gates) -> None:
+    first, second = retrained(1), retrained(2)
+    assert followed(first, 2) == "shadow" and state_of(second) == "candidate"
+    registry.move(first, "rejected", why="worse")
+    assert followed(second) == "shadow"
+
+
+def test_a_person_who_is_faster_is_no_error(gates, monkeypatch, caplog) -> None:
+    row = retrained()
+
+    def taken(*_: Any, **__: Any) -> None:
+        raise RegistryError("somebody moved it just now")
+
+    monkeypatch.setattr(registry, "move", taken)
+    caplog.set_level("INFO", logger="monitoring.promotion")
+    assert promotion.follow() == [] and "somebody moved it" in caplog.text
+    assert state_of(row) == "candidate"
 
 
 # -- steps -----------------------------------------------------------------------------------------
