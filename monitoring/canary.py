@@ -68,10 +68,12 @@ def talks_of(version: ModelVersion) -> list[Talk]:
 
 
 def _rows(version: ModelVersion) -> list[dict[str, Any]]:
-    """The answers of models, or of whoever stood in for one; oldest first."""
-    began = version.changes.filter(to_state=State.CANARY).values_list("at", flat=True).first()
+    """The answers of models, or of whoever stood in for one, beside the same active model; oldest
+    first."""
+    active = registry.active()
+    began = [version.changed_at, *([active.changed_at] if active is not None else [])]
     answers = Message.objects.filter(
-        role=Message.Role.ASSISTANT, created_at__gte=(began or version.changed_at) + SETTLE
+        role=Message.Role.ASSISTANT, created_at__gte=max(began) + SETTLE
     )
     answers = answers.exclude(status=Message.Status.STREAMING).filter(author="")
     answers = answers.exclude(route__in=[Message.Route.REVIEWED, Message.Route.CACHE])

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from django.db import DatabaseError, IntegrityError, connections, transaction
-from django.db.models import F, Max
+from django.db.migrations.recorder import MigrationRecorder
+from django.db.models import F, Max, Min
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
@@ -424,12 +425,23 @@ def look_for_drift(work: Work) -> dict[str, Any]:
 
 
 def last_successes() -> Iterable[Reading]:
-    """For ``/metrics``: when each kind of job last came to its end."""
+    """For ``/metrics``: when each kind of job last came to its end; of one on the timetable that
+    never did, when it could first have begun."""
     done = Job.objects.filter(state=Job.State.DONE).values_list("kind")
     found: dict[str, datetime] = dict(done.annotate(at=Max(F("finished_at"))).order_by())
     by_hand = EvaluationRun.objects.aggregate(at=Max("created_at"))["at"]
     if by_hand is not None:
         kind = str(Job.Kind.EVALUATE)
         found[kind] = max(by_hand, found.get(kind, by_hand))
+    for kind in (Job.Kind.EVALUATE, Job.Kind.DRIFT):
+        if kind not in found and (since := _installed_at()) is not None:
+            found[str(kind)] = since
     for kind, at in found.items():
         yield Reading(metrics.LAST_SUCCESS, {"job": kind}, at.timestamp())
+
+
+def _installed_at() -> datetime | None:
+    """When there was first a table for jobs."""
+    applied = MigrationRecorder.Migration.objects.filter(app="monitoring")
+    found: datetime | None = applied.aggregate(at=Min("applied"))["at"]
+    return found

@@ -297,7 +297,7 @@ DRIFT = Gauge(
 )
 LAST_SUCCESS = Gauge(
     "assistant_last_success_timestamp_seconds",
-    "When the job last came to its end.",
+    "When the job last came to its end; if it never did, when it could first have begun.",
     ["job"],
     multiprocess_mode="livemostrecent",
 )

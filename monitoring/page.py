@@ -10,13 +10,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from monitoring import reading
 
@@ -68,8 +69,19 @@ def registry() -> CollectorRegistry:
         return REGISTRY
     bury_the_dead(Path(folder))
     found = CollectorRegistry()
-    MultiProcessCollector(found, folder)  # type: ignore[no-untyped-call]
+    found.register(_Together(folder))
     return found
+
+
+class _Together(Collector):
+    """All processes' figures, and of the results those that still hold."""
+
+    def __init__(self, folder: str) -> None:
+        self._all = MultiProcessCollector(None, folder)  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterator[Metric]:
+        families: Iterable[Metric] = self._all.collect()  # type: ignore[no-untyped-call]
+        return filter(reading.told_now, families)
 
 
 def bury_the_dead(folder: Path) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from django.core.signals import request_started
-from prometheus_client import Gauge
+from prometheus_client import Gauge, Metric
 
 from assistant import backends
 from conversations.running import running
@@ -179,6 +179,11 @@ def _read_budget() -> None:
     metrics.UPSTREAM_LEFT.set(budget.left_for_all())
 
 
+#: Gauges that show what is kept in the database.
+_RESULTS = {
+    gauge._name
+    for gauge in (metrics.EVALUATION, metrics.SHADOW, metrics.DRIFT, metrics.LAST_SUCCESS)
+}
 #: What each source has told when it was last read: a gauge and its labels.
 _told: dict[str, set[tuple[Gauge, tuple[tuple[str, str], ...]]]] = {}
 
@@ -192,6 +197,19 @@ def _read_results(name: str, source: Callable[[], Iterable[Reading]]) -> None:
     for gauge, labels in _told.get(name, set()) - told:
         gauge.labels(**dict(labels)).set(math.nan)
     _told[name] = told
+
+
+def told_now(family: Metric) -> bool:
+    """Keep of a result's samples what was told when the sources were last read here; whether any
+    is left. Of several processes another may have told what is no longer so."""
+    told = {(gauge._name, labels) for every in _told.values() for gauge, labels in every}
+    if family.name in _RESULTS:
+        family.samples = [
+            sample
+            for sample in family.samples
+            if (sample.name, tuple(sorted(sample.labels.items()))) in told
+        ]
+    return bool(family.samples)
 
 
 # --- Several processes ---------------------------------------------------------------------------

@@ -144,8 +144,9 @@ def version(db: None) -> ModelVersion:
     """A canary of a fifth of the conversations, since an hour ago."""
     began = timezone.now() - timedelta(hours=1)
     active = ModelVersion.objects.create(
-        name="m", version="1", sha256="1" * 64, folder="/1", state="active"
-    )
+        name="m", version="1", sha256="1" * 64, folder="/1", state="active",
+        changed_at=began - timedelta(days=30),
+    )  # fmt: skip
     found = ModelVersion.objects.create(
         name="m", version="2", sha256="2" * 64, folder="/2", state="canary", canary_percent=20,
         parent=active, changed_at=began,
@@ -230,6 +231,16 @@ def test_what_no_model_was_asked_and_what_came_before_says_nothing(version: Mode
     ask(version, 300, bad=1.0, seed=1, at=version.changed_at + timedelta(seconds=1), model="m@1")
     ask(version, 300, bad=1.0, normal=1.0, seed=2, route="cache", model="m@1")
     assert len(canary.talks_of(version)) == 0
+
+
+def test_beside_another_active_model_it_begins_anew(version: ModelVersion) -> None:
+    ask(version, 300, normal=1.0, status="failed")
+    assert len(canary.talks_of(version)) == 300
+    since = timezone.now() - timedelta(minutes=30)
+    ModelVersion.objects.filter(state="active").update(changed_at=since)
+    assert not canary.talks_of(version), "the model before was worse than either"
+    ask(version, 40, seed=1, at=since + LATER)
+    assert len(canary.talks_of(version)) == 40
 
 
 def test_a_conversation_counts_once_however_long_it_is(version: ModelVersion) -> None:

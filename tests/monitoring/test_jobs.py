@@ -20,6 +20,7 @@ from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.db import connections
+from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 
 from config.celery import app
@@ -401,6 +402,15 @@ def test_old_jobs_are_forgotten_but_retrainings_and_open_ones() -> None:
     assert sorted(Job.objects.values_list("key", flat=True)) == [
         *("drift done", "evaluate of late", "evaluate queued", "retrain done"),
     ]
+
+
+def test_a_kind_that_never_succeeded_is_as_old_as_the_installation() -> None:
+    """Else nobody would be told of a worker that was never started."""
+    Job.objects.create(kind=Job.Kind.DRIFT, state="failed", key="a", finished_at=timezone.now())
+    found = {one.labels["job"]: one.value for one in jobs.last_successes()}
+    assert set(found) == {"drift", "evaluate"}, "a retraining is rare"
+    installed = min(MigrationRecorder.Migration.objects.values_list("applied", flat=True))
+    assert all(installed.timestamp() <= at < time.time() for at in found.values())
 
 
 def test_the_last_success_of_each_kind_is_read_from_rows() -> None:

@@ -31,6 +31,7 @@ from conversations.turn import Turn, TurnRecord
 from fallback import router, shared
 from monitoring import metrics, reading
 from monitoring.metrics import Distribution, count_turn
+from monitoring.models import EvaluationRun
 from monitoring.page import KEPT_S, MOST_FORMATS, Page, bury_the_dead, page
 from tests.conftest import Server, serving
 from tests.conversations.conftest import API, Api
@@ -553,6 +554,14 @@ def test_two_processes_add_up_and_a_killed_one_takes_only_its_gauges(
             say(one, token, "to the first")
             say(two, token, "to the second")
             say(two, token, "to the second again")
+            score = {"suite": "golden", "metric": "coverage", "model": "gone@1"}
+            shown_as = ("assistant_evaluation_score", *sorted(score.items()))
+            run = EvaluationRun.objects.create(
+                model="gone@1", trigger="command", rows=1, seconds=1, figures={"coverage": 0.5}
+            )
+            assert series_of(one)[shown_as] == 0.5
+            run.delete()
+            assert shown_as not in series_of(two), "told by another process, which was asked before"
             time.sleep(reading.EVERY_S + KEPT_S)
             at_one, at_two = series_of(one), series_of(two)
             assert at_one[OK] == at_two[OK] == 3
