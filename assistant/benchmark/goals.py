@@ -71,6 +71,10 @@ GOALS = (
         "chats served at reading speed (15 M size)",
         "readers", "readers", ">=", 600.0, unit=" chats",
     ),
+    Goal(
+        "chats served at reading speed through WebSocket and database",
+        "stack-readers", "stack_readers", ">=", 300.0, unit=" chats",
+    ),
 )  # fmt: skip
 
 

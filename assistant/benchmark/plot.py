@@ -86,7 +86,7 @@ def _curve(axis: Any, cells: list[Cell]) -> None:
         levels = cell.repetitions[-1].levels
         chats = [level.chats for level in levels]
         axis.plot(chats, [level.ttft_ms_p95 for level in levels], color=colour,
-                  label=cell.side.name)  # fmt: skip
+                  label=f"{cell.job.label}, {cell.side.name}")  # fmt: skip
         for level in levels:
             face = "white" if level.behind else colour
             axis.plot(level.chats, level.ttft_ms_p95, "o", color=colour, markerfacecolor=face)

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from assistant.benchmark import drive
@@ -27,11 +28,19 @@ _UNPACED_BATCH = 64
 
 
 def readers(model: Path, threads: int, sizes: Sizes, progress: Callable[[str], None]) -> Measured:
-    """The curve over rising numbers of readers, then closer to where it breaks."""
+    """Of the engine alone."""
+    level = partial(_level, model, threads, sizes)
+    return curve("readers", sizes, level, progress)
+
+
+def curve(
+    key: str, sizes: Sizes, level: Callable[[int], Level], progress: Callable[[str], None]
+) -> Measured:
+    """``level`` of rising numbers of readers, then closer to where it breaks."""
     found: list[Level] = []
 
     def good(count: int) -> bool:
-        found.append(_level(model, threads, sizes, count))
+        found.append(level(count))
         last = found[-1]
         progress(
             f"{count} readers: first token p95 {last.ttft_ms_p95:.0f} ms, "
@@ -41,9 +50,9 @@ def readers(model: Path, threads: int, sizes: Sizes, progress: Callable[[str], N
 
     most = search(sizes.readers, sizes.reader_steps, good)
     text = f"readers at {sizes.reading_tokens_per_s:g} tok/s, first token p95 within 1 s"
-    levels = tuple(sorted(found, key=lambda level: level.chats))
+    levels = tuple(sorted(found, key=lambda one: one.chats))
     settings = "paced" if drive.PACED else "not paced"
-    return Measured(facts=(Fact("readers", most, "chats", text),), levels=levels, settings=settings)
+    return Measured(facts=(Fact(key, most, "chats", text),), levels=levels, settings=settings)
 
 
 def search(counts: Sequence[int], steps: int, good: Callable[[int], bool]) -> int:
@@ -77,7 +86,9 @@ def _level(model: Path, threads: int, sizes: Sizes, count: int) -> Level:
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
+    """Of all readers. *Units*: seconds. ``failed``: answers that never came."""
+
     ttft: list[float] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
     failed: int = 0
@@ -93,9 +104,9 @@ class _Seen:
         )
 
 
-async def _read_all(engine: Engine, sizes: Sizes, count: int) -> _Seen:
+async def _read_all(engine: Engine, sizes: Sizes, count: int) -> Seen:
     """Readers begin spread over the time one answer takes to read; their first is not counted."""
-    seen, reading_s = _Seen(), sizes.new_tokens / sizes.reading_tokens_per_s
+    seen, reading_s = Seen(), sizes.new_tokens / sizes.reading_tokens_per_s
 
     async def reader(at: int, prompt: list[int]) -> None:
         await asyncio.sleep(at / count * reading_s)

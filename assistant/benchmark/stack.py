@@ -16,14 +16,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 
-from assistant.benchmark.drive import Room, opened, reply
-from assistant.benchmark.figures import Fact, Measured, percentile_ms
+from assistant.benchmark import reading
+from assistant.benchmark.drive import Answer, Room, opened, reply
+from assistant.benchmark.figures import Fact, Level, Measured, percentile_ms
 from assistant.benchmark.workloads import Sizes
 from assistant.engine import Engine
 
@@ -67,6 +68,28 @@ def whole_stack(model: Path, threads: int, sizes: Sizes) -> Measured:
             Fact("stack_ttft_ms_p95", percentile_ms(through.ttft, 95), "ms", "first words p95"),
         )
     )
+
+
+def stack_readers(
+    model: Path, threads: int, sizes: Sizes, progress: Callable[[str], None]
+) -> Measured:
+    """How many can read at once what comes through WebSocket and database; ``reading.readers`` is
+    the same of the engine alone."""
+
+    def level(count: int) -> Level:
+        environment = {
+            "ASSISTANT_MODEL_DIR": str(model.resolve()),
+            "ASSISTANT_THREADS": str(threads),
+            "ASSISTANT_MAX_BATCH": str(count),
+            "ASSISTANT_MAX_NEW_TOKENS": str(sizes.new_tokens),
+            "ASSISTANT_READING_TOKENS_PER_S": f"{sizes.reading_tokens_per_s:.0f}",
+            "ASSISTANT_MAX_TURNS_PER_CALLER": str(count),
+            "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(count + 1),
+        }
+        with tempfile.TemporaryDirectory() as folder, Server(Path(folder), **environment) as server:
+            return asyncio.run(_read_all(server, sizes, count)).level(count)
+
+    return reading.curve("stack_readers", sizes, level, progress)
 
 
 @dataclass(slots=True)
@@ -209,6 +232,58 @@ async def _turn(opened_socket: Any, question: str, seen: _Seen) -> None:
             return
         if frame["type"] in ("error", "message.failed"):
             raise RuntimeError(f"the server answered {frame}")
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+
+async def _read_all(server: Server, sizes: Sizes, count: int) -> reading.Seen:
+    """As readers of the engine alone: spread over an answer's time, their first not counted."""
+    visitor, seen = Visitor(server), reading.Seen()
+    await _chat(visitor, [visitor.conversation()], 0, _Seen())  # loads the model
+    chats = [visitor.conversation() for _ in range(count)]
+    spread_s = sizes.new_tokens / sizes.reading_tokens_per_s / count
+
+    async def reader(at: int, conversation: str) -> None:
+        await asyncio.sleep(at * spread_s)
+        async with visitor.socket(conversation) as opened_socket:
+            for turn in range(sizes.reader_rounds + 1):
+                question = QUESTIONS[(at + turn) % len(QUESTIONS)]
+                await _read(opened_socket, question, sizes, seen if turn else reading.Seen())
+
+    await asyncio.gather(*map(reader, range(count), chats))
+    return seen
+
+
+async def _read(opened_socket: Any, question: str, sizes: Sizes, seen: reading.Seen) -> None:
+    """One answer at reading speed; who is answered by somebody else than the model was failed."""
+    answer, told = Answer(time.perf_counter()), []
+    await opened_socket.send(json.dumps({"type": "message.create", "text": question}))
+    while True:
+        frame = json.loads(await asyncio.wait_for(opened_socket.recv(), _ANSWER_S))
+        if frame["type"] == "message.delta":
+            told.append((time.perf_counter(), len(frame["text"])))
+        if frame["type"] in ("message.completed", "message.failed", "error"):
+            break
+    message = frame.get("message") or {}
+    if message.get("route") != "model" or not told:
+        seen.failed += 1
+        return
+    answer.arrivals = _arrivals(told, message["usage"]["output_tokens"])
+    seen.ttft.append(answer.ttft)
+    seen.stalls.append(reading.stall(answer, sizes.reading_tokens_per_s))
+    read = answer.arrivals[0] + len(answer.arrivals) / sizes.reading_tokens_per_s
+    await asyncio.sleep(max(0.0, read - time.perf_counter()))
+
+
+def _arrivals(told: Sequence[tuple[float, int]], tokens: int) -> list[float]:
+    """When each token came, as far as pieces of text tell: a piece has its share of them."""
+    shown, whole = 0, sum(chars for _, chars in told)
+    found: list[float] = []
+    for at, chars in told:
+        shown += chars
+        found += [at] * (round(tokens * shown / whole) - len(found))
+    return found
 
 
 # -- the engine alone ----------------------------------------------------------------------------

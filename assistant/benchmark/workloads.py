@@ -24,6 +24,7 @@ WORKLOADS = {
     "readers": "how many chats can read at a steady pace",
     "answers": "whole answers to real questions, with guesses of how they go on, and without",
     "stack": "32 chats through WebSocket and database, against the engine alone (--end-to-end)",
+    "stack-readers": "how many chats can read at a steady pace through WebSocket and database",
     "idle": "processor time of an engine nobody asks",
     "growth": "memory before and after many requests",
 }
@@ -186,6 +187,7 @@ def _label(name: str, sizes: Sizes) -> str:
         "intruder": f"{sizes.streams} + {sizes.intruder_tokens} prompt",
         "answers": f"answers to {sizes.chats[0]} chats",
         "overload": f"overload {sizes.overload:g}x",
+        "stack-readers": f"readers {sizes.reading_tokens_per_s:g} tok/s, whole stack",
         "readers": f"readers {sizes.reading_tokens_per_s:g} tok/s",
     }
     return labels.get(name, name)

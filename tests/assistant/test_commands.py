@@ -255,7 +255,9 @@ def test_bench_runs_every_workload(tiny_model: Path) -> None:
     assert told["idle"] == {"idle_cpu_percent"}
     assert {"stack_tokens_per_s", "alone_tokens_per_s", "stack_over_alone"} <= told["stack"]
     assert "growth_mb" in told["growth"] and "prefix_shared_over_cold" in told["prefix"]
-    assert [level["chats"] for level in rows["readers"]["levels"]][:1] == [2]
+    for name in ("readers", "stack-readers"):
+        assert [level["chats"] for level in rows[name]["levels"]][:1] == [2]
+        assert all(level["answers"] >= 2 for level in rows[name]["levels"])
 
 
 @pytest.mark.slow

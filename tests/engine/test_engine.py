@@ -1297,7 +1297,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wild(root / "source")
     rng = random.Random(0)
     calm = [rng.choices(CALM, k=12) for _ in range(24)]
-    for quant in ("row8", "static8"):
+    for quant in ("row8", "static8", "int4"):
         build(root / "source", root / quant, quant, prompts=calm)
     return root
 
@@ -1316,7 +1316,7 @@ def test_the_wild_model_has_activations_many_times_as_large_as_usual(wild: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["row8", "static8"])
+@pytest.mark.parametrize("quant", ["row8", "static8", "int4"])
 def test_five_hundred_random_batches_give_each_the_answer_it_gets_alone(
     wild: Path, quant: str
 ) -> None:

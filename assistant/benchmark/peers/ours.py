@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from assistant.benchmark import bounds, drive, reading
+from assistant.benchmark import bounds, drive, reading, stack
 from assistant.benchmark.figures import Fact, Figures, Measured
 from assistant.benchmark.peers import base
 from assistant.benchmark.situations import SITUATIONS
 from assistant.benchmark.workloads import Job, Load
 from assistant.engine import Manifest
 from assistant.engine.manifest import MODEL
+
+_READERS = {"readers": reading.readers, "stack-readers": stack.stack_readers}
 
 
 class Ours(base.Engine):
@@ -40,8 +42,9 @@ class Ours(base.Engine):
     def run(self, job: Job) -> dict[str, Any]:
         if job.load is not None:
             return self._closed_loop(job, job.load).wire()
-        if job.workload == "readers":
-            return reading.readers(self._folder, self._threads, job.sizes, self.progress).wire()
+        if job.workload in _READERS:
+            readers = _READERS[job.workload]
+            return readers(self._folder, self._threads, job.sizes, self.progress).wire()
         return SITUATIONS[job.workload](self._folder, self._threads, job.sizes).wire()
 
     def _closed_loop(self, job: Job, load: Load) -> Measured:

@@ -55,7 +55,7 @@ class Command(BaseCommand):
         from assistant.benchmark import peers, workloads
 
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        known = "\n".join(f"  {name:9} {text}" for name, text in workloads.WORKLOADS.items())
+        known = "\n".join(f"  {name:13} {text}" for name, text in workloads.WORKLOADS.items())
         parser.epilog = _EPILOG.format(workloads=known, extra=peers.EXTRA)
         self._add_what(parser)
         self._add_how(parser)
