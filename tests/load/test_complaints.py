@@ -1,7 +1,8 @@
 """What others are reproached with, held against our engine.
 
 *Sources*: onnxruntime #11118 (memory grows with shapes), onnxruntime-genai #714 (throughput does
-not grow with users), llama.cpp #22360 (speed decays over hours). Processor time where that tells:
+not grow with users), llama.cpp #22360 (speed decays over hours), onnxruntime-genai #406 and
+onnxruntime #18430 (quantised slower than fp32). Processor time where that tells:
 busy neighbours do not change it.
 """
 
@@ -59,3 +60,22 @@ def test_a_token_costs_in_the_end_what_it_cost_in_the_beginning() -> None:
     with opened(BUNDLED, 1, Room(4, 64)) as engine:
         costs = [measured(engine, Load(4, 16, 16, 4)).cpu_s_per_1k_tokens for _ in range(9)]
     assert min(costs[-3:]) < 1.25 * min(costs[:3])
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in every scheme."""
+    root = tmp_path_factory.mktemp("builds")
+    for quant in ("fp32", "static8", "row8", "int4"):
+        build_random("15m", root / quant, quant)
+    return root
+
+
+@pytest.mark.parametrize("quant", ["static8", "row8", "int4"])
+def test_fewer_bits_are_not_slower_than_full_precision(builds: Path, quant: str) -> None:
+    """By turns, because the machine's speed drifts; the best of each."""
+    costs: dict[str, list[float]] = {quant: [], "fp32": []}
+    for name, found in [*costs.items()] * 3:
+        with opened(builds / name, 1, Room(8, 64)) as engine:
+            found.append(measured(engine, Load(8, 16, 24, 2)).cpu_s_per_1k_tokens)
+    assert min(costs[quant]) < min(costs["fp32"])
