@@ -18,7 +18,7 @@ from django.http.response import HttpResponseBase
 from django.utils.functional import LazyObject, empty
 from django_structlog import signals
 from django_structlog.middlewares.request import RequestMiddleware, logger
-from structlog.contextvars import bind_contextvars, get_contextvars
+from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
 
 from monitoring.metrics import view_of
 
@@ -36,6 +36,7 @@ class RequestLog(RequestMiddleware):
         context = get_contextvars()
         with _harmless():
             super().handle_response(request, response)  # type: ignore[arg-type]
+        clear_contextvars()  # it did, unless its line broke
         if isinstance(response, StreamingHttpResponse) and response.is_async:
             response.streaming_content = Streamed(content, context)
 

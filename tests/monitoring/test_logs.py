@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 from django.contrib.auth.models import User
 
 from monitoring.logs import MOST_CHARS, json_formatter, log_turn, plain_formatter
@@ -156,6 +157,7 @@ def test_what_is_wrong_with_a_line_does_not_reach_the_user(client, caplog, monke
     monkeypatch.setattr("monitoring.request_log.view_of", lambda request: 1 / 0)
     assert client.get("/livez").status_code == 200
     assert "line was not written: ZeroDivisionError" in caplog.text
+    assert not structlog.contextvars.get_contextvars(), "the next request's lines are not its"
 
 
 async def parts(count: int, end: BaseException | None = None) -> AsyncIterator[bytes]:
