@@ -369,8 +369,8 @@ def test_the_timetable_names_tasks_that_exist() -> None:
     named = {entry["task"] for entry in app.conf.beat_schedule.values()}
     assert {name for name in named if name.startswith("monitoring.")} == {
         f"monitoring.tasks.{name}"
-        for name in ("revive", "watch_canary", "follow_retrained", "roll_up", "evaluate", "look_for_drift",
-                     "consider_retraining")
+        for name in ("revive", "watch_canary", "follow_retrained", "roll_up", "evaluate",
+                     "look_for_drift", "consider_retraining")
     }  # fmt: skip
     app.loader.import_default_modules()
     assert named <= set(app.tasks)
