@@ -320,14 +320,18 @@ def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
 
 def _judge(started: Started, least: float, *, alone: bool) -> str:
     """The reason to mark the answer with. Raises: _HandOn if the model had better not answer."""
-    if started.band == "out_of_scope":
-        return "out_of_scope"  # its own polite refusal is the right answer
-    unsure = started.confidence is not None and started.confidence < least
-    if started.band != "hand_on" and not unsure:
-        return "caution" if started.band == "caution" else ""
+    if is_sure_enough(started, least):
+        return started.band if started.band in ("out_of_scope", "caution") else ""
     if not alone:
         raise _HandOn("low_confidence")
     return "low_confidence"
+
+
+def is_sure_enough(started: Started, least: float) -> bool:
+    """Whether the model may answer; its own polite refusal of what is not ours is always right."""
+    if started.band in ("out_of_scope", "hand_on"):
+        return started.band == "out_of_scope"
+    return started.confidence is None or started.confidence >= least
 
 
 def _reason(error: Exception) -> str:
