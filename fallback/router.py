@@ -126,7 +126,7 @@ async def route(ask: Ask) -> Events:
                 return
             except _HandOn as hand_on:
                 way.reason = hand_on.reason or way.reason
-            except AssistantError as error:
+            except (AssistantError, TimeoutError) as error:
                 if not way.shown or way.alone(step):
                     raise
                 way.reason = _reason(error)
@@ -251,7 +251,7 @@ async def _model(alias: str, way: _Way) -> Events:
         raise _HandOn("hurry")
     try:
         backend = backends.get(alias)
-        stream = in_time(guarded(backend, way.ask), way.ask.patience)
+        stream = in_time(guarded(backend, way.ask), way.ask.patience, backend.idle_s)
         async with aclosing(cast(Any, stream)) as events:
             async for event in _judged(backend.route, events, way, alone=alone):
                 way.shown = way.shown or isinstance(event, Delta)
@@ -264,7 +264,7 @@ async def _model(alias: str, way: _Way) -> Events:
         if not isinstance(error, (AssistantError, TimeoutError)):
             log.exception("backend %s broke", alias)
             error = GenerationFailed("The model broke. Please try again.")
-        if alone or (way.shown and isinstance(error, AssistantError)):
+        if way.shown or alone:
             raise error from None
         raise _HandOn(_reason(error)) from error
 

@@ -92,6 +92,36 @@ async def test_after_the_first_delta_a_failure_is_continued_and_marked():
     assert nobody[-3:-2] == [Delta(INTERRUPTED)] and "support team" in text_of(nobody)
 
 
+class Silent(EchoBackend):
+    """Writes two words and then nothing more, or a time-out of its own."""
+
+    idle_s = 0.05
+    error: Exception | None = None
+
+    async def stream(self, *args: Any) -> Any:
+        yield Started("silent")
+        yield Delta("cancel my")
+        if self.error is not None:
+            raise self.error
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("a socket's")])
+async def test_a_model_that_falls_silent_is_continued_and_marked(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr(Silent, "error", error)
+    backend = Silent("echo", EchoBackend.Options())
+    monkeypatch.setattr(router.backends, "get", lambda alias: backend)
+    async with asyncio.timeout(5):
+        events = await events_of(ask("cancel my order"))
+    assert routes_of(events) == [Routed("model"), Routed("rules", "timeout")]
+    broken, _, sure = text_of(events).partition(INTERRUPTED)
+    assert (broken, sure) == ("cancel my", "Write to our support e-mail address.")
+    with pytest.raises(TimeoutError):
+        await events_of(ask("cancel my order", steps=("echo",)))
+
+
 async def test_a_failure_of_a_model_asked_for_alone_is_raised_after_its_text():
     seen: list[Any] = []
     with pytest.raises(GenerationFailed):
