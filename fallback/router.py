@@ -154,7 +154,7 @@ async def _reviewed(way: _Way) -> Events:
     ask = way.ask
     found = ask.known.reviewed_for(ask.question) if ask.first else None
     if found is not None:
-        for event in _whole(Routed("reviewed"), found.answer, found.intent, way):
+        for event in _whole(_by_heart(found.intent), found.answer, found.intent, way):
             yield event
         return
     verdict = await ask.known.near_for(ask.question) if ask.first else None
@@ -164,8 +164,14 @@ async def _reviewed(way: _Way) -> Events:
     if verdict.entry is None:
         raise _HandOn
     entry = verdict.entry
-    for event in _whole(Routed("reviewed"), entry.answer, entry.intent, way, personal=False):
+    routed = _by_heart(entry.intent)
+    for event in _whole(routed, entry.answer, entry.intent, way, personal=False):
         yield event
+
+
+def _by_heart(intent: str) -> Routed:
+    """Whoever asks for a person gets one, whatever staff wrote for the question."""
+    return Routed("reviewed", hand_over=intent in settings.ASSISTANT["HAND_OVER_INTENTS"])
 
 
 async def _cached(way: _Way) -> Events:
@@ -292,7 +298,9 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
 
 
 def _worth_keeping(started: Started, finished: Finished, reason: str) -> bool:
-    return finished.reason == "stop" and started.band == "answer" and not reason
+    """A kept answer would ask no person for whoever wants one."""
+    sure = finished.reason == "stop" and started.band == "answer" and not reason
+    return sure and not _wants_person(started)
 
 
 def _as_expected(called: str, way: _Way, begun: Started) -> bool:

@@ -366,6 +366,20 @@ async def test_who_asks_a_model_for_a_person_gets_its_answer_and_a_person(writin
     assert (await events_of(ask("weather please")))[0] == Routed("model", "out_of_scope")
 
 
+async def test_everybody_who_wants_a_person_gets_one_not_only_who_asks_first(
+    writing: Writing, settings: Any
+) -> None:
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["cancel_order"]}
+    for _ in range(2):
+        assert (await events_of(ask("a person please")))[0] == Routed("model", hand_over=True)
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["track_refund"]}
+    assert (await events_of(ask("where is my refund")))[0] == Routed("reviewed", hand_over=True)
+    entry = near.Entry("where can I see my refund", "Soon.", "track_refund")
+    known = Known((), {}, near.Shelf([entry]))
+    other_words = Ask((Message("user", "where do I see my refund"),), Params(), known)
+    assert (await events_of(other_words))[0] == Routed("reviewed", hand_over=True)
+
+
 async def test_who_wants_a_person_hears_so_in_words_of_staff_who_know_that_one_is_asked(
     writing, settings
 ):
