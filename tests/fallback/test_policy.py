@@ -186,6 +186,18 @@ def test_kept_answers_are_purged_and_it_is_written_down(client: Any, admin_user:
     assert LogEntry.objects.latest("pk").change_message == "purged kept answers: intent"
 
 
+def test_a_policy_under_which_rules_fail_their_tests_says_so(client: Any, admin_user: Any) -> None:
+    Rule.objects.create(name="r", keywords=["wrap"], answer="Yes.", must_match=["can you wrap it"])
+    client.force_login(admin_user)
+    told = []
+    for score in (20, 90):
+        form = {"active": "on", "rule_score": score, "steps": "null"}
+        page = client.post(reverse("admin:fallback_policychange_add"), form, follow=True)
+        told.append([m.message for m in page.context["messages"] if m.level_tag == "warning"])
+    assert PolicyChange.objects.count() == 2 and told[0] == []
+    assert "1 tests of rules fail" in told[1][0] and '"can you wrap it" should' in told[1][0]
+
+
 @pytest.mark.parametrize("name", ["admin:fallback_force", "admin:fallback_purge"])
 def test_who_may_not_change_policies_changes_nothing(client: Any, sam: Any, name: str) -> None:
     sam.is_superuser = False
