@@ -2,9 +2,10 @@
 
 Every value gets a placeholder of its own (``{{Order Number}}``, ``{{Order Number B}}``), the same
 wherever it occurs, so that a model elsewhere can tell two orders apart and the answer names the
-right one. Built on ``facts.spans``, wider: cards, bank accounts, addresses, passwords, names in
-greetings, and every value the product knows of the user. Patterns find what looks like such a
-value; a name in the middle of a sentence that nobody introduced is not found. Pure.
+right one. Built on ``facts.spans``, wider: cards, bank accounts, addresses, passwords and codes,
+names in greetings (and as people type theirs: "my name is ana"), and every value the product knows
+of the user. Patterns find what looks like such a value; a name in the middle of a sentence that
+nobody introduced is not found. Pure.
 """
 
 from __future__ import annotations
@@ -23,19 +24,36 @@ _PUBLIC = frozenset(
 _STREET = (
     r"(?:street|str|st|road|rd|avenue|ave|lane|ln|drive|dr|boulevard|blvd|way|court|ct|square|sq)"
 )
+_CODE_WORDS = (
+    r"(?:password|passcode|pass\ phrase|pw|pin|otp|cvv|cvc"
+    r"|(?:security|verification|one[\s-]time)\ code)"
+)
+#: Words after "my name is" that are no name, or end one written without capitals.
+_NO_NAME = (
+    r"(?:and|but|or|i|im|my|the|an?|is|was|on|in|at|from|with|not|wrong|spell?ed|spelt|misspelled"
+    r"|missing|incorrect|still|please|can|could|would|will|want|need|have|has|how|what|where|when"
+    r"|why|you|your|we|do|does|did|to|for|of|this|that|it|as|so|also|he|she)\b"
+)
 #: Wider than what the bundled model was trained on; case matters only where a name must look like
 #: one. Order matters: the first alternative that fits at a position wins.
 _PERSONAL = re.compile(
     rf"""
-    (?P<Password>(?i:\b(?:password|passcode|pass\ phrase|pin)\s?(?:is|:|=)\s?)
+    (?P<Password>(?:(?i:\b{_CODE_WORDS}\s?(?:is\s?[:=]?|:|=)\s?)
+      | (?i:\b{_CODE_WORDS}\s)(?=\S{{0,60}}\d)
+      | [?&](?i:token|key|secret|sig|signature|password|code)=(?=\S))
       (?P<secret>\S{{3,64}}))
   | (?P<Iban>\b[A-Z]{{2}}\d{{2}}(?:\s?[A-Z0-9]{{4}}){{2,7}}(?:\s?[A-Z0-9]{{1,3}})?\b)
   | (?P<Card>(?<![\w-])\d{{4}}(?:[\s-]?\d{{4}}){{2}}[\s-]?\d{{1,7}}(?![\w-])
       | (?<![\w-])\d{{4}}[\s-]?\d{{6}}[\s-]?\d{{5}}(?![\w-]))
+  | (?P<National>(?<![\w-])\d{{3}}-\d{{2}}-\d{{4}}(?![\w-]))
   | (?P<Address>\b\d{{1,5}}[A-Za-z]?\s(?:[A-Z][\w.'-]{{0,30}}\s){{1,4}}(?i:{_STREET})\b)
   | (?P<Network>\b(?:\d{{1,3}}\.){{3}}\d{{1,3}}\b
       | \b(?:[0-9a-fA-F]{{1,4}}:){{4,7}}[0-9a-fA-F]{{1,4}}\b)
-  | (?P<Phone>(?<![\w.,-])\(?0\d{{1,4}}\)?(?:[\s./-]\d{{2,8}}){{1,4}}(?![\w-]))
+  | (?P<Phone>(?<![\w.,-])\(?0\d{{1,4}}\)?(?:[\s./-]\d{{2,8}}){{1,4}}(?![\w-])
+      | (?<![\w.,-])\d{{3}}-\d{{4}}(?![\w-]))
+  | (?i:\bmy\ name(?:\ is|['\u2019]s)\s+(?!{_NO_NAME}))
+    (?P<Introduced>[^\W\d_][\w'\u2019-]{{1,30}}
+      (?:\s(?!(?i:{_NO_NAME}))[^\W\d_][\w'\u2019-]{{1,30}}){{0,2}})
   | (?i:\b(?:i\ am|i['\u2019]m|call\ me|it['\u2019]s|regards|sincerely|signed|dear
       |mr|mrs|ms|miss|dr)[,.]?\s+)
     (?P<Name>[A-ZÀ-Þ][\w'\u2019-]{{1,30}}(?:\s[A-ZÀ-Þ][\w'\u2019-]{{1,30}}){{0,2}})
@@ -49,7 +67,9 @@ _KINDS = {
     "Card": "Card Number",
     "Address": "Address",
     "Network": "Network Address",
+    "National": "National Id",
     "Phone": "Phone",
+    "Introduced": "Client Name",
     "Name": "Client Name",
 }
 #: Shorter ones would be found everywhere.

@@ -57,7 +57,7 @@ def _reopened(before: HandOver, message: Message) -> HandOver | None:
     if elsewhere.exists():
         return None
     before.status, before.taken_by = HandOver.Status.WAITING, None
-    before.answered_at = before.announced_at = before.mailed_at = None
+    before.answered_at = before.announced_at = before.posted_at = before.mailed_at = None
     before.reason, before.created_at = message.degraded_reason, timezone.now()
     before.save()
     return before

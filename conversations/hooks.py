@@ -20,6 +20,7 @@ from django.core.mail import EmailMessage
 from django.urls import reverse
 from django.utils import timezone
 
+from assistant import facts
 from assistant.redaction import redact
 from conversations import counting
 from conversations.models import HandOver, Message
@@ -162,5 +163,8 @@ def payload(asked: HandOver) -> dict[str, Any]:
 def question(asked: HandOver) -> str:
     """What the answer that asked was an answer to, without personal values."""
     row = Message.objects.filter(versions=asked.message_id).first()
-    text = row.text[:MAX_QUESTION_CHARS] if row is not None else ""
-    return redact([text]).texts[0]
+    if row is None:
+        return ""
+    known = facts.known_facts(asked.conversation.user)
+    # Cut last: half of a card's number does not look like one.
+    return redact([row.text], known).texts[0][:MAX_QUESTION_CHARS]

@@ -245,6 +245,8 @@ class HandOver(models.Model):
     answered_at = models.DateTimeField(null=True, blank=True)
     #: When a worker was told to call staff; until then somebody has to try again.
     announced_at = models.DateTimeField(null=True, blank=True)
+    #: When the webhook was taken, or refused for good.
+    posted_at = models.DateTimeField(null=True, blank=True)
     #: When a mail told of it, alone or with others.
     mailed_at = models.DateTimeField(null=True, blank=True)
 

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 HOOK_PAUSES_S = (5, 30, 120, 600, 1800)
 #: What a turn did not announce is announced later, unless it is a day old or there are very many.
 ITS_TURN_NEEDS, MOST_ANNOUNCED = timedelta(seconds=30), 100
+#: A webhook that was queued so long ago and never arrived was lost with its queue or its worker, or
+#: had been given up: longer than all its tries take.
+LOST_AFTER = timedelta(seconds=sum(HOOK_PAUSES_S)) + timedelta(minutes=15)
 
 
 @shared_task  # type: ignore[untyped-decorator]
@@ -42,22 +45,25 @@ def announce(asked: HandOver) -> None:
 
 @shared_task  # type: ignore[untyped-decorator]
 def announce_hand_overs() -> int:
-    """What its turn could not announce, because the broker was away or the server ended; how
-    many."""
+    """What its turn could not announce, because the broker was away or the server ended, and
+    webhooks whose task was lost; how many."""
     now = timezone.now()
-    rows = HandOver.objects.filter(status__in=HandOver.OPEN, announced_at=None)
-    missed = rows.filter(created_at__range=(now - hooks.NEWS_FOR, now - ITS_TURN_NEEDS))[
-        :MOST_ANNOUNCED
-    ]
-    for asked in missed:
+    since = now - hooks.NEWS_FOR
+    rows = HandOver.objects.filter(status__in=HandOver.OPEN, created_at__gte=since)
+    missed = rows.filter(created_at__lte=now - ITS_TURN_NEEDS, announced_at=None)
+    found = list(missed[:MOST_ANNOUNCED])
+    if settings.ASSISTANT_HAND_OVER_WEBHOOK:
+        found += rows.filter(announced_at__lt=now - LOST_AFTER, posted_at=None)[:MOST_ANNOUNCED]
+    for asked in found:
         announce(asked)
-    return len(missed)
+    return len(found)
 
 
 @shared_task(bind=True, max_retries=len(HOOK_PAUSES_S))  # type: ignore[untyped-decorator]
 def post_hand_over(self: Task, pk: int) -> None:
     """Send the webhook of that hand-over."""
-    _deliver(self, pk, hooks.post)
+    if _deliver(self, pk, hooks.post):
+        HandOver.objects.filter(pk=pk).update(posted_at=timezone.now())
 
 
 @shared_task(bind=True, max_retries=len(HOOK_PAUSES_S))  # type: ignore[untyped-decorator]
@@ -78,11 +84,12 @@ def mail_hand_overs_together() -> int:
         return 0
 
 
-def _deliver(task: Task, pk: int, send: Callable[[HandOver], None]) -> None:
-    """Once, unless nobody needs to come any more; later again if the other side was not there."""
+def _deliver(task: Task, pk: int, send: Callable[[HandOver], None]) -> bool:
+    """Once, unless nobody needs to come any more; later again if the other side was not there.
+    Whether that is settled."""
     asked = HandOver.objects.filter(pk=pk, status__in=HandOver.OPEN).first()
     if asked is None:
-        return
+        return False
     try:
         send(asked)
     except hooks.Refused as error:
@@ -91,9 +98,10 @@ def _deliver(task: Task, pk: int, send: Callable[[HandOver], None]) -> None:
         tries = task.request.retries
         if tries >= len(HOOK_PAUSES_S):
             log.error("%s of hand-over %s was given up: %s", send.__name__, pk, error)
-            return
+            return False
         log.warning("%s of hand-over %s did not arrive: %s", send.__name__, pk, error)
         raise task.retry(countdown=HOOK_PAUSES_S[tries]) from error
+    return True
 
 
 def _queued(task: Any, *args: Any) -> bool:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any, cast
 
 from django import forms
-from django.conf import settings
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.db.models import QuerySet
@@ -22,7 +21,7 @@ from django.utils import timezone
 
 from fallback import answers, rulebook
 from fallback.matching import MAX_QUESTION_CHARS, Failure, Ranked
-from fallback.models import ReviewedAnswer, Rule
+from fallback.models import PolicyChange, ReviewedAnswer, Rule
 from fallback.policy_admin import PolicyChangeAdmin
 
 __all__ = ["PolicyChangeAdmin", "ReviewedAnswerAdmin", "RuleAdmin"]
@@ -183,12 +182,12 @@ class RuleAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
 def _tried(sentence: str) -> dict[str, Any]:
     """What the list shows of the rules that something speaks for."""
-    needed = settings.ASSISTANT["RULE_SCORE"]
+    needed = PolicyChange.in_force().rule_score
     ranked = rulebook.current().rank(sentence, now=timezone.now())
     keys = dict(Rule.objects.values_list("name", "pk"))
     found = [_line(one, keys.get(one.rule.name)) for one in ranked]
     if found:
-        found[0]["answers"] = round(ranked[0].score) >= needed
+        found[0]["answers"] = ranked[0].is_sure(needed)
     return {"found": found, "needed": f"{needed:g}"}
 
 

@@ -245,12 +245,13 @@ class Call:
         self.place: str | None = None  # of a probe, among all processes
         self._breaker, self._clock, self._slow_s = breaker, clock, slow_s
         self._begun_at, self._waited_s = clock(), -1.0
-        self._moved_at = self._begun_at  # when it last told a place in its queue
+        self._moved_at = self._begun_at  # when it last told a place in its queue, or wrote
         self._heard = False
 
     def heard(self, event: Event) -> None:
-        if isinstance(event, Waiting):
+        if isinstance(event, Waiting | Delta):
             self._moved_at = self._clock()
+        if isinstance(event, Waiting):
             return
         self._heard = True
         if self._waited_s < 0 and isinstance(event, Delta):
@@ -263,11 +264,11 @@ class Call:
 
     def left(self) -> None:
         """Nobody wants the rest: says something only if there was enough time to say something,
-        since its queue moved last."""
-        if self._waited_s >= 0:
-            self.finished()
-        elif self._clock() - self._moved_at >= self._slow_s:
+        since its queue moved last, or its words did."""
+        if self._clock() - self._moved_at >= self._slow_s:
             self.end("bad")
+        elif self._waited_s >= 0:
+            self.finished()
         else:
             self.end("good" if self._heard else "void")
 

@@ -169,8 +169,9 @@ async def store(key: Key, answer: Answer, *, begun: float) -> None:
 
 
 def purge(*, question: str = "", intent: str = "", model: str = "") -> None:
-    """No answer begun until now is given again: to that question, of that intent, by that model,
-    or, without any of them, at all. Sync: up to one time-out. Raises: Away, nothing was purged."""
+    """No answer begun until now is given again: to that question, of that intent, by that model
+    (as answers name theirs: support-en@1.0), or, without any of them, at all. Sync: up to one
+    time-out. Raises: Away, nothing was purged."""
     named = [("text", _digest("text", normalised(question)) if question else "")]
     named += [("intent", intent), ("model", model)]
     stamps = [_stamp(*one) for one in named if one[1]] or [_stamp("all")]
@@ -183,15 +184,15 @@ def purge(*, question: str = "", intent: str = "", model: str = "") -> None:
 
 def _read(cache: BaseCache, key: Key, now: float) -> Found | None:
     """What is kept for all, else for the caller. Values that are not ours count as missing."""
-    stamps = [_stamp("all"), _stamp("text", key.text), _stamp("model", key.model)]
+    stamps = [_stamp("all"), _stamp("text", key.text)]
     got = _values(cache, [*(_PREFIX + place for place in key.places), *stamps])
     purged = max(_number(got.get(stamp)) for stamp in stamps)
     for place in key.places:
         if (kept := _kept(got.get(_PREFIX + place))) is None:
             continue
         answer, begun = kept
-        stamp = _stamp("intent", answer.intent)
-        since = _number(_values(cache, [stamp]).get(stamp)) if answer.intent else 0.0
+        of_it = [_stamp("intent", answer.intent), _stamp("model", answer.model)]
+        since = max(map(_number, _values(cache, of_it).values()), default=0.0)
         if begun > max(purged, since) and (found := _aged(answer, now - begun)):
             return found
     return None

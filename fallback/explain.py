@@ -110,7 +110,7 @@ async def _rules(ask: Ask) -> Rung:
     if not ranked:
         return Rung("rules", False, 0.0, "no rule has anything to do with it")
     best, least = ranked[0], ask.policy.rule_score
-    sure = best.score >= least
+    sure = best.is_sure(least)
     why = f'rule "{best.rule.name}": {"; ".join(best.why)}'
     if not sure:
         why += f" (needs {least:g})"
@@ -130,6 +130,7 @@ async def _backend(alias: str, ask: Ask) -> Rung:
     try:
         backend = backends.get(alias)
         if backend.route == "upstream":
+            backend.check()
             return await asyncio.to_thread(_elsewhere, alias, ask)
         return await _first_word(alias, ask)
     except (AssistantError, TimeoutError) as error:
@@ -159,16 +160,16 @@ async def _first_word(alias: str, ask: Ask) -> Rung:
 
 def _judged(alias: str, started: Started, ask: Ask) -> Rung:
     least = ask.policy.confidence_min
-    what = f"{started.intent or 'no intent'}, in scope {_percent(started.scope)}"
-    if started.confidence is not None and started.confidence < least:
-        return Rung(alias, False, started.confidence, f"{what}: less sure than {least:.0%}")
     words = {
         "answer": "sure",
         "caution": "not quite sure: answers with caution",
         "hand_on": "too unsure: hands on",
         "out_of_scope": "not ours: politely declines",
     }
-    answers, why = started.band != "hand_on", f"{what}: {words[started.band]}"
+    answers, found = router.is_sure_enough(started, least), words[started.band]
+    if not answers and started.band != "hand_on":
+        found = f"less sure than {least:.0%}"
+    why = f"{started.intent or 'no intent'}, in scope {_percent(started.scope)}: {found}"
     if answers and (rule := router.rule_for_person(ask, started)):
         why += f'; wants a person: one is asked, and rule "{rule.name}" says so'
         return Rung(alias, True, started.confidence, why, _beginning(rule.answer))

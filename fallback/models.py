@@ -269,6 +269,12 @@ class PolicyChange(models.Model):
     def __str__(self) -> str:
         return self.note or f"change of {self.created_at:%Y-%m-%d %H:%M}"
 
+    @classmethod
+    def in_force(cls) -> Policy:
+        """What settings say, but for the newest active change. Sync: touches the database."""
+        change = cls.objects.filter(active=True).first()
+        return change.policy() if change is not None else policy()
+
     def policy(self) -> Policy:
         return policy(
             {

@@ -1,4 +1,5 @@
-"""How long a question waits for a first word: until a time, or until whoever asks has had enough.
+"""How long a question waits for words: for the first until a time, or until whoever asks has had
+enough; for each later one as long as its backend says.
 
 One ``Patience`` for one question. Knows nothing of models and routes; the router waits through it,
 and takes what is known once it is over.
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 from django.conf import settings
 
+from assistant.backends.base import Backend
 from assistant.types import Delta, Event
 
 T = TypeVar("T")
@@ -50,9 +52,11 @@ class Patience:
             self._limit = None
 
 
-async def in_time(events: AsyncIterator[Event], patience: Patience) -> AsyncIterator[Event]:
+async def in_time(
+    events: AsyncIterator[Event], patience: Patience, idle_s: float = Backend.idle_s
+) -> AsyncIterator[Event]:
     """The events. Before the first delta: Hurried, and TimeoutError if that takes longer than
-    settings allow."""
+    settings allow; later TimeoutError where nothing comes for ``idle_s``."""
     deadline = asyncio.get_running_loop().time() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
     shown = False
     async with aclosing(cast(Any, events)):
@@ -61,8 +65,11 @@ async def in_time(events: AsyncIterator[Event], patience: Patience) -> AsyncIter
             return await anext(events, None)
 
         while True:
-            # The turn's own limit holds once something is shown.
-            event = await (another() if shown else patience.wait(another, deadline))
+            if shown:
+                async with asyncio.timeout(idle_s):
+                    event = await another()
+            else:
+                event = await patience.wait(another, deadline)
             if event is None:
                 return
             shown = shown or isinstance(event, Delta)

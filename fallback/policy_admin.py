@@ -19,7 +19,7 @@ from django.urls import URLPattern, path, reverse
 from django.views.decorators.http import require_POST
 
 from assistant.errors import AssistantError
-from fallback import answers, breaker, cache, explain, shared
+from fallback import answers, breaker, cache, explain, rulebook, shared
 from fallback.circuit import State
 from fallback.models import PolicyChange
 from fallback.policy import policy
@@ -51,6 +51,12 @@ class PolicyChangeAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     list_display = ["__str__", "active", "steps", "confidence_min", "rule_score", "created_at"]
     list_filter = ["active"]
     change_list_template = "admin/fallback/policychange/change_list.html"
+
+    def save_model(self, request: HttpRequest, obj: PolicyChange, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        if failing := rulebook.failing(rulebook.current()):
+            words = f"With this policy {len(failing)} tests of rules fail: {failing[0]}"
+            self.message_user(request, f"{words}; see manage.py check_rules.", messages.WARNING)
 
     def get_urls(self) -> list[URLPattern]:
         own = [

@@ -39,6 +39,8 @@ DEATHS, DEATHS_WITHIN_S, TOGETHER_S = 3, 600.0, 5.0
 LOOK_EVERY_S = 1.0
 #: A first word that was not waited for in a queue takes no longer, unless the model is stuck.
 _QUEUED_FROM_S = 1.0
+#: A time-out is noticed here a moment before or after it ends.
+_NEARLY = 0.98
 _MARK_BYTES = 16
 _MOST_MARKS = 1_000
 
@@ -225,7 +227,8 @@ async def watched(
     backend: Backend, messages: Sequence[Message], events: AsyncIterator[Event]
 ) -> AsyncIterator[Event]:
     """The events, unless the question is in quarantine. Raises: Quarantined."""
-    kept, mark, began = own(), mark_of(messages), time.monotonic()
+    kept, mark = own(), mark_of(messages)
+    began = moved = time.monotonic()
     queued = backend.expected_wait_s() > _QUEUED_FROM_S
     kept.check(mark)
     heard = False
@@ -233,11 +236,14 @@ async def watched(
         try:
             async with aclosing(cast(Any, events)) as stream:
                 async for event in stream:
+                    moved = time.monotonic()
                     heard = heard or isinstance(event, Delta)
                     queued = queued or isinstance(event, Waiting)
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
-            if not (heard or queued) and time.monotonic() - began > _patience_s():
+            now = time.monotonic()
+            silent = heard and now - moved > backend.idle_s * _NEARLY
+            if silent or (not (heard or queued) and now - began > _patience_s()):
                 kept.strike([mark], crashed=False)
             raise
         except Exception as error:
@@ -248,4 +254,4 @@ async def watched(
 
 def _patience_s() -> float:
     """Who gave up after that long did so because no first word came."""
-    return float(settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]) * 0.98
+    return float(settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]) * _NEARLY

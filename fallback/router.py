@@ -126,7 +126,7 @@ async def route(ask: Ask) -> Events:
                 return
             except _HandOn as hand_on:
                 way.reason = hand_on.reason or way.reason
-            except AssistantError as error:
+            except (AssistantError, TimeoutError) as error:
                 if not way.shown or way.alone(step):
                     raise
                 way.reason = _reason(error)
@@ -154,7 +154,7 @@ async def _reviewed(way: _Way) -> Events:
     ask = way.ask
     found = ask.known.reviewed_for(ask.question) if ask.first else None
     if found is not None:
-        for event in _whole(Routed("reviewed"), found.answer, found.intent, way):
+        for event in _whole(_by_heart(found.intent), found.answer, found.intent, way):
             yield event
         return
     verdict = await ask.known.near_for(ask.question) if ask.first else None
@@ -164,8 +164,14 @@ async def _reviewed(way: _Way) -> Events:
     if verdict.entry is None:
         raise _HandOn
     entry = verdict.entry
-    for event in _whole(Routed("reviewed"), entry.answer, entry.intent, way, personal=False):
+    routed = _by_heart(entry.intent)
+    for event in _whole(routed, entry.answer, entry.intent, way, personal=False):
         yield event
+
+
+def _by_heart(intent: str) -> Routed:
+    """Whoever asks for a person gets one, whatever staff wrote for the question."""
+    return Routed("reviewed", hand_over=intent in settings.ASSISTANT["HAND_OVER_INTENTS"])
 
 
 async def _cached(way: _Way) -> Events:
@@ -251,7 +257,7 @@ async def _model(alias: str, way: _Way) -> Events:
         raise _HandOn("hurry")
     try:
         backend = backends.get(alias)
-        stream = in_time(guarded(backend, way.ask), way.ask.patience)
+        stream = in_time(guarded(backend, way.ask), way.ask.patience, backend.idle_s)
         async with aclosing(cast(Any, stream)) as events:
             async for event in _judged(backend.route, events, way, alone=alone):
                 way.shown = way.shown or isinstance(event, Delta)
@@ -264,7 +270,7 @@ async def _model(alias: str, way: _Way) -> Events:
         if not isinstance(error, (AssistantError, TimeoutError)):
             log.exception("backend %s broke", alias)
             error = GenerationFailed("The model broke. Please try again.")
-        if alone or (way.shown and isinstance(error, AssistantError)):
+        if way.shown or alone:
             raise error from None
         raise _HandOn(_reason(error)) from error
 
@@ -292,7 +298,9 @@ async def _judged(called: str, events: AsyncIterator[Event], way: _Way, *, alone
 
 
 def _worth_keeping(started: Started, finished: Finished, reason: str) -> bool:
-    return finished.reason == "stop" and started.band == "answer" and not reason
+    """A kept answer would ask no person for whoever wants one."""
+    sure = finished.reason == "stop" and started.band == "answer" and not reason
+    return sure and not _wants_person(started)
 
 
 def _as_expected(called: str, way: _Way, begun: Started) -> bool:
@@ -320,14 +328,18 @@ def guarded(backend: Backend, ask: Ask) -> AsyncIterator[Event]:
 
 def _judge(started: Started, least: float, *, alone: bool) -> str:
     """The reason to mark the answer with. Raises: _HandOn if the model had better not answer."""
-    if started.band == "out_of_scope":
-        return "out_of_scope"  # its own polite refusal is the right answer
-    unsure = started.confidence is not None and started.confidence < least
-    if started.band != "hand_on" and not unsure:
-        return "caution" if started.band == "caution" else ""
+    if is_sure_enough(started, least):
+        return started.band if started.band in ("out_of_scope", "caution") else ""
     if not alone:
         raise _HandOn("low_confidence")
     return "low_confidence"
+
+
+def is_sure_enough(started: Started, least: float) -> bool:
+    """Whether the model may answer; its own polite refusal of what is not ours is always right."""
+    if started.band in ("out_of_scope", "hand_on"):
+        return started.band == "out_of_scope"
+    return started.confidence is None or started.confidence >= least
 
 
 def _reason(error: Exception) -> str:

@@ -36,6 +36,8 @@ class Backend(ABC):
     route: ClassVar[str] = "model"
     #: Whether a question could take this process with it: native code works on it here.
     in_process: ClassVar[bool] = False
+    #: Seconds without another word after which one that writes is stuck (reliability F4, F26).
+    idle_s: float = 10.0
 
     def __init__(self, alias: str, options: Any) -> None:
         self.alias = alias

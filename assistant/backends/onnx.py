@@ -261,6 +261,7 @@ class OnnxBackend(Backend):
                 stop_ids=ready.codec.end_ids,
                 first=ready.engine.first_token_rule(turns),
                 scope=params.scope,
+                queues=not params.batch,
             )
         except QueueFull as error:
             raise _busy(error) from error

@@ -90,6 +90,7 @@ class OpenAIBackend(Backend):
 
     def __init__(self, alias: str, options: Options) -> None:
         super().__init__(alias, options)
+        self.idle_s = options.idle_s + 1.0  # its own patience ends first, and tells the cause
         self._places = threading.BoundedSemaphore(max(1, options.max_concurrent))
         self._retries = 1.0
         self._unwanted: set[str] = set()

@@ -121,11 +121,13 @@ class Engine:
         stop_ids: Iterable[int] = (),
         first: FirstTokenRule | None = None,
         scope: str = "",
+        queues: bool = True,
     ) -> Generation:
         """Queue a prompt. An answer longer than the context allows ends early, by length.
 
         ``scope`` is the caller: who waits is served fairly over scopes, and what is kept of earlier
-        answers is found within one. Nothing is kept for the empty scope.
+        answers is found within one. Nothing is kept for the empty scope. Without ``queues`` it is
+        refused unless a slot is free, and another for who comes next.
         Raises: Overloaded, PromptTooLong, EngineCrashed, EngineClosed at once; ValueError for
         ids outside the vocabulary.
         """
@@ -146,7 +148,7 @@ class Engine:
         ticket = Ticket(request, sampling, first)
         eta = worker.eta_s(len(ids))
         ticket.asked_s, ticket.promised_s = time.perf_counter(), eta
-        if not worker.gate.enter(ticket):
+        if not worker.gate.enter(ticket, None if queues else worker.spare):
             raise Overloaded(f"{len(worker.gate)} requests wait; about {eta:.1f} s", eta)
         ticket.place, ticket.wait_s = worker.last_place, eta
         generation = Generation(ticket, worker.commands)

@@ -167,11 +167,13 @@ class _Gate:
     def __len__(self) -> int:
         return len(self.inside)
 
-    def enter(self, ticket: Ticket) -> bool:
-        """Whether there was room. An empty queue takes any prompt that fits the context."""
+    def enter(self, ticket: Ticket, most: int | None = None) -> bool:
+        """Whether there was room: for ``most`` requests, or as many as may wait. An empty queue
+        takes any prompt that fits the context."""
         size = len(ticket.request.prompt)
+        most = self._config.max_queue if most is None else most
         with self._lock:
-            full = len(self.inside) >= self._config.max_queue
+            full = len(self.inside) >= most
             heavy = self.inside and self.tokens + size > self._config.max_queue_tokens
             if full or heavy:
                 return False
@@ -308,6 +310,11 @@ class Worker:
     def last_place(self) -> int:
         """The number in the queue of whoever came last; 0: a slot is free for them."""
         return max(0, len(self.gate) - (self.slots - len(self._scheduler.running)))
+
+    @property
+    def spare(self) -> int:
+        """How many may come that join no queue and leave a slot for who comes next."""
+        return max(1, self.slots - 1) - len(self._scheduler.running)
 
     def embedding_eta_s(self) -> float:
         """What waits for its embeddings takes so long, if answers are written all the while."""

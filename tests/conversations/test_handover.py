@@ -551,6 +551,22 @@ def test_what_its_turn_could_not_announce_is_announced_later_once(
     assert tasks.announce_hand_overs() == 0
 
 
+def test_a_webhook_whose_task_was_lost_with_its_queue_is_sent_after_all(
+    waiting, hooked, queued, monkeypatch
+):
+    tasks.announce(waiting)
+    queued.clear()  # the broker forgot both, or their worker died
+    assert tasks.announce_hand_overs() == 0, "they may still be tried"
+    HandOver.objects.update(announced_at=timezone.now() - tasks.LOST_AFTER - timedelta(seconds=1))
+    assert tasks.announce_hand_overs() == 1
+    assert ("conversations.tasks.post_hand_over", waiting.pk) in queued
+    assert tasks.announce_hand_overs() == 0
+    monkeypatch.setattr(hooks, "post", lambda asked: None)
+    tasks.post_hand_over.run(waiting.pk)
+    HandOver.objects.update(announced_at=timezone.now() - tasks.LOST_AFTER - timedelta(seconds=1))
+    assert tasks.announce_hand_overs() == 0, "it arrived"
+
+
 async def test_without_hooks_nothing_is_queued(ask, queued):
     await ask()
     assert await HandOver.objects.aexists() and queued == []
@@ -585,6 +601,28 @@ def test_the_question_goes_along_only_if_allowed_and_without_personal_values(wai
     told = hooks.payload(waiting)["question"]
     assert told.startswith("Where is order {{Order Number}}?")
     assert "48213377" not in told and "Lopez" not in told
+
+
+def test_a_value_at_the_cut_does_not_leave_in_half(waiting, settings):
+    settings.ASSISTANT_HAND_OVER_TEXT = True
+    begin = "so " * 160
+    text = f"{begin}my card is 4111 1111 1111 1111 thanks"
+    assert len(begin) < hooks.MAX_QUESTION_CHARS < text.index(" thanks")
+    Message.objects.filter(role="user").update(text=text)
+    told = hooks.payload(waiting)["question"]
+    assert "4111" not in told and len(told) <= hooks.MAX_QUESTION_CHARS
+
+
+def test_a_value_that_only_the_product_knows_does_not_leave(waiting, settings):
+    settings.ASSISTANT_HAND_OVER_TEXT = True
+    facts = [f"{__name__}.knows"]
+    settings.ASSISTANT = {**settings.ASSISTANT, "FACT_FUNCTIONS": facts}
+    Message.objects.filter(role="user").update(text="the blue house of ana is locked")
+    assert hooks.payload(waiting)["question"] == "the blue house of {{Client Name}} is locked"
+
+
+def knows(user: Any) -> dict[str, str]:
+    return {"Client Name": user.username} if user is not None else {}
 
 
 @pytest.mark.parametrize(

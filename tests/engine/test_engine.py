@@ -342,6 +342,16 @@ def test_the_queue_is_bounded_in_prompt_tokens_too(make_engine: MakeEngine) -> N
     assert engine._worker.gate.tokens == 100
 
 
+def test_who_joins_no_queue_leaves_a_slot_for_who_comes_next(make_engine: MakeEngine) -> None:
+    engine, runner = make_engine(max_batch=4, step_tokens=8)
+    held = busy(engine, runner, 1)  # a step is being held: nobody else is given a slot yet
+    held += [engine.submit([5], max_new_tokens=2, queues=False) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        engine.submit([6], max_new_tokens=2, queues=False)
+    held.append(engine.submit([6], max_new_tokens=2))
+    assert held[-1].place == 0, "there is one for somebody who waits for it"
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused(make_engine: MakeEngine) -> None:
     engine, _ = make_engine(context_tokens=16)
     with pytest.raises(PromptTooLong, match="16 tokens and the context holds 16"):

@@ -227,6 +227,17 @@ async def test_an_answer_that_was_being_made_while_it_was_purged_is_not_given_ag
     assert await lookup(key()) is None
 
 
+@pytest.mark.parametrize("written_by", ["support@1", "upstream:big"])
+async def test_purging_a_model_reaches_what_it_wrote_under_the_name_that_people_see(
+    clock, written_by
+):
+    """The key knows the version with its digest, and a larger model's answer lies beside it."""
+    place = key(versions=Versions("support@1:0123456789ab"))
+    await kept(Answer("So.", "", written_by), place)
+    purge(model=written_by)
+    assert await lookup(place) is None
+
+
 async def test_purging_one_thing_leaves_the_others(clock):
     place, other = await kept(), await kept(Answer("No.", "refund"), key("a refund"))
     clock(5)

@@ -14,7 +14,8 @@ from django.urls import reverse
 
 from assistant.errors import InvalidRequest
 from assistant.types import Message, Params, Started
-from fallback import answers, breaker, explain
+from fallback import answers, breaker, explain, router
+from fallback.matching import Book, Ranked
 from fallback.models import PolicyChange, ReviewedAnswer, Rule
 from fallback.policy import policy
 from fallback.router import Ask
@@ -105,6 +106,48 @@ def test_a_question_nobody_could_ask_is_refused(text: str) -> None:
         call_command("explain", text)
 
 
+@pytest.mark.parametrize("band", ["answer", "caution", "hand_on", "out_of_scope"])
+@pytest.mark.parametrize("confidence", [None, 0.3, 0.6])
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_a_model_is_said_to_answer_exactly_if_it_would(
+    band: Any, confidence: float | None, least: float
+) -> None:
+    started = Started("m", intent="get_refund", confidence=confidence, band=band)
+    known = answers.Known((), {}, policy=policy({"confidence_min": least}))
+    rung = explain._judged("model", started, Ask((Message("user", "hi"),), Params(), known))
+    try:
+        router._judge(started, least, alone=False)
+        answered = True
+    except router._HandOn:
+        answered = False
+    assert rung.answers is answered, rung.why
+
+
+async def test_a_rule_is_said_to_answer_exactly_if_it_would(monkeypatch: Any) -> None:
+    rule = RuleText("cancel", ("cancel my order",), "Go to orders.")
+    monkeypatch.setattr(Book, "rank", lambda *_, **__: [Ranked(rule, 59.6, ("by a hair",))])
+    for least, answers_it in ((60.0, True), (61.0, False)):
+        known = answers.Known(Book([rule]), {}, policy=policy({"rule_score": least}))
+        ask = Ask((Message("user", "cancel it"),), Params(), known)
+        assert (router._rule(ask) is not None) is answers_it
+        assert (await explain._rules(ask)).answers is answers_it
+
+
+def test_a_larger_model_that_lacks_its_address_is_not_said_to_answer(
+    settings: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"BACKEND": "fallback.upstream.UpstreamBackend",
+             "OPTIONS": {"base_url": "http://example.com/v1", "model": "big"}}  # fmt: skip
+    settings.ASSISTANT = {
+        **settings.ASSISTANT,
+        "BACKENDS": {**settings.ASSISTANT["BACKENDS"], "upstream": entry},
+        "ROUTE": ["upstream", "rules"],
+        "UPSTREAM": {"CALLS_PER_DAY": 10, "CALLS_PER_USER_DAY": 10, "CONSENT": "all"},
+    }
+    rung = json.loads(told(capsys, "hello", "--json"))[0]
+    assert not rung["answers"] and "must be https" in rung["why"]
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -141,6 +184,18 @@ def test_kept_answers_are_purged_and_it_is_written_down(client: Any, admin_user:
     page = client.post(reverse("admin:fallback_purge"), {"intent": "get_refund"}, follow=True)
     assert "not given again" in page.content.decode()
     assert LogEntry.objects.latest("pk").change_message == "purged kept answers: intent"
+
+
+def test_a_policy_under_which_rules_fail_their_tests_says_so(client: Any, admin_user: Any) -> None:
+    Rule.objects.create(name="r", keywords=["wrap"], answer="Yes.", must_match=["can you wrap it"])
+    client.force_login(admin_user)
+    told = []
+    for score in (20, 90):
+        form = {"active": "on", "rule_score": score, "steps": "null"}
+        page = client.post(reverse("admin:fallback_policychange_add"), form, follow=True)
+        told.append([m.message for m in page.context["messages"] if m.level_tag == "warning"])
+    assert PolicyChange.objects.count() == 2 and told[0] == []
+    assert "1 tests of rules fail" in told[1][0] and '"can you wrap it" should' in told[1][0]
 
 
 @pytest.mark.parametrize("name", ["admin:fallback_force", "admin:fallback_purge"])

@@ -213,6 +213,18 @@ async def test_a_question_over_which_the_model_hangs_is_kept_away(model, setting
     assert refuses(kept, asked)
 
 
+async def test_a_question_over_which_the_model_falls_silent_is_kept_away(
+    model, monkeypatch
+) -> None:
+    monkeypatch.setattr(model, "idle_s", 0.01)
+    backends._built["echo"] = model
+    asked = "/echo hang=1 hello there"
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await _in_time(model, asked)
+    assert refuses(quarantine.own(), asked)
+
+
 async def _in_time(model: Backend, text: str) -> None:
     messages = [Message("user", text)]
     async with asyncio.timeout(0.05):

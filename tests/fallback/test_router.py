@@ -92,6 +92,36 @@ async def test_after_the_first_delta_a_failure_is_continued_and_marked():
     assert nobody[-3:-2] == [Delta(INTERRUPTED)] and "support team" in text_of(nobody)
 
 
+class Silent(EchoBackend):
+    """Writes two words and then nothing more, or a time-out of its own."""
+
+    idle_s = 0.05
+    error: Exception | None = None
+
+    async def stream(self, *args: Any) -> Any:
+        yield Started("silent")
+        yield Delta("cancel my")
+        if self.error is not None:
+            raise self.error
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("a socket's")])
+async def test_a_model_that_falls_silent_is_continued_and_marked(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr(Silent, "error", error)
+    backend = Silent("echo", EchoBackend.Options())
+    monkeypatch.setattr(router.backends, "get", lambda alias: backend)
+    async with asyncio.timeout(5):
+        events = await events_of(ask("cancel my order"))
+    assert routes_of(events) == [Routed("model"), Routed("rules", "timeout")]
+    broken, _, sure = text_of(events).partition(INTERRUPTED)
+    assert (broken, sure) == ("cancel my", "Write to our support e-mail address.")
+    with pytest.raises(TimeoutError):
+        await events_of(ask("cancel my order", steps=("echo",)))
+
+
 async def test_a_failure_of_a_model_asked_for_alone_is_raised_after_its_text():
     seen: list[Any] = []
     with pytest.raises(GenerationFailed):
@@ -334,6 +364,20 @@ async def test_who_asks_a_model_for_a_person_gets_its_answer_and_a_person(writin
     assert (await events_of(ask("a person please")))[0] == Routed("model", hand_over=True)
     writing.band = "out_of_scope"
     assert (await events_of(ask("weather please")))[0] == Routed("model", "out_of_scope")
+
+
+async def test_everybody_who_wants_a_person_gets_one_not_only_who_asks_first(
+    writing: Writing, settings: Any
+) -> None:
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["cancel_order"]}
+    for _ in range(2):
+        assert (await events_of(ask("a person please")))[0] == Routed("model", hand_over=True)
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["track_refund"]}
+    assert (await events_of(ask("where is my refund")))[0] == Routed("reviewed", hand_over=True)
+    entry = near.Entry("where can I see my refund", "Soon.", "track_refund")
+    known = Known((), {}, near.Shelf([entry]))
+    other_words = Ask((Message("user", "where do I see my refund"),), Params(), known)
+    assert (await events_of(other_words))[0] == Routed("reviewed", hand_over=True)
 
 
 async def test_who_wants_a_person_hears_so_in_words_of_staff_who_know_that_one_is_asked(

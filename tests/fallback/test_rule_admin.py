@@ -16,7 +16,7 @@ from django.test import Client
 from django.utils import timezone
 
 from fallback import answers, rulebook
-from fallback.models import Rule
+from fallback.models import PolicyChange, Rule
 from tests.conftest import ROOT
 
 LIST = "/admin/fallback/rule/"
@@ -207,3 +207,16 @@ def test_a_rule_without_a_reason_to_answer_or_with_a_wrong_span_is_no_rule(db):
     with pytest.raises(ValidationError) as refused:
         Rule(name="x", answer="{{", active_from=now, active_until=now).full_clean()
     assert refused.value.message_dict.keys() == {"patterns", "answer", "active_until"}
+
+
+def test_a_sentence_and_the_tests_are_tried_at_the_score_in_force(client: Client) -> None:
+    Rule.objects.create(
+        name="gift", keywords=["wrap"], answer="We wrap.", must_match=["can you wrap it"]
+    )
+    page = client.get(LIST, {"try": "can you wrap it"})
+    assert not page.context["found"][0]["answers"]
+    assert len(rulebook.failing(rulebook.current())) == 1
+    PolicyChange.objects.create(rule_score=20)
+    page = client.get(LIST, {"try": "can you wrap it"})
+    assert page.context["found"][0]["answers"] and page.context["needed"] == "20"
+    assert rulebook.failing(rulebook.current()) == []

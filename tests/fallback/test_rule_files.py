@@ -11,7 +11,7 @@ import pytest
 import yaml
 from django.core.management import CommandError, call_command
 
-from fallback import exchange
+from fallback import exchange, rulebook
 from fallback.models import Rule
 
 pytestmark = pytest.mark.django_db
@@ -155,3 +155,16 @@ def test_check_rules_passes_or_names_each_failure_and_ends_with_status_1(shipped
         call_command("check_rules", stdout=out)
     assert failed.value.returncode == 1
     assert 'Cancel an order: "blue cheese" should match' in out.getvalue()
+
+
+def test_a_rule_that_came_unchecked_silences_no_other_and_is_named(shipped):
+    for pk, wrong in ((1001, {"patterns": ["/(/"]}), (1002, {"buttons": [{"label": "x"}]})):
+        Rule.objects.filter(pk=pk).update(**wrong)
+    assert len(rulebook.current()) == 36
+    found = rulebook.current().rank("I want to change my shipping address")
+    assert found[0].score >= 60
+    out = io.StringIO()
+    with pytest.raises(CommandError, match=r"^2 faults of rules"):
+        call_command("check_rules", stdout=out)
+    assert "patterns: The expression /(/ cannot be used" in out.getvalue()
+    assert "buttons: A button is written as" in out.getvalue()

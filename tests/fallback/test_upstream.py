@@ -373,6 +373,28 @@ async def test_personal_values_never_leave_and_come_back_in_the_answer(
     assert text_of(events) == "Dear Ana Lopez, ORD-99812 stays, 48213377 goes."
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("my name is ana lopez and i paid", "my name is {{Client Name}} and i paid"),
+        ("My name's ana. ANA!", "My name's {{Client Name}}. {{Client Name}}!"),
+        ("my name is not on the card", "my name is not on the card"),
+        ("my name is wrong, please change it", "my name is wrong, please change it"),
+        ("ssn 123-45-6789", "ssn {{National Id}}"),
+        ("call 555-1234", "call {{Phone}}"),
+        ("pin 1234, cvv: 123", "pin {{Password}} cvv: {{Password B}}"),
+        ("password hunter2 does not work", "password {{Password}} does not work"),
+        ("pw: s3cret!", "pw: {{Password}}"),
+        ("I forgot my password and pin", "I forgot my password and pin"),
+        ("my verification code is 993122", "my verification code is {{Password}}"),
+        ("https://a.example/reset?id=7&token=abcdef&x=1",
+         "https://a.example/reset?id=7&token={{Password}}"),
+    ],
+)  # fmt: skip
+def test_what_people_type_without_care_does_not_leave_either(text: str, sent: str) -> None:
+    assert redact([text]).texts[0] == sent
+
+
 async def test_what_the_shop_says_of_itself_may_leave(make: Make, server: StandIn) -> None:
     server.say = ("Ask {{Company}}.",)
     events = await events_of(make(), [Message("user", "is Acme open?")], facts={"Company": "Acme"})
@@ -418,7 +440,24 @@ def test_no_number_and_no_introduced_name_is_left(numbers: list[str], name: str)
     assert len(redacted.values) == len(numbers) + 1
 
 
-@pytest.mark.parametrize("piece", ["1", "1 ", "a@", "A1 ", "12 A ", "1-", "0 12", "{{", "Dr Aa "])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1",
+        "1 ",
+        "a@",
+        "A1 ",
+        "12 A ",
+        "1-",
+        "0 12",
+        "{{",
+        "Dr Aa ",
+        "pin ",
+        "my name is ",
+        "my name is a ",
+        "?key=",
+    ],
+)
 def test_no_text_makes_redaction_slow(piece: str) -> None:
     begun = time.perf_counter()
     redact([piece * (4_000 // len(piece))])

@@ -70,8 +70,10 @@ async def test_a_line_is_no_first_word_to_the_time_limit(settings):
         ((Waiting(9, 30.0),), "bad"),  # nothing moved since: it may well hang
         ((Waiting(9, 30.0), Waiting(8, 26.0)), "void"),
         ((Waiting(2, 6.0), Waiting(1, 3.0), Started("m")), "good"),
+        ((Started("m"), Delta("a"), Delta("b")), "good"),
+        ((Delta("a"),), "bad"),  # and then not a word more
     ],
-    ids=["silent", "stuck", "moving", "begun"],
+    ids=["silent", "stuck", "moving", "begun", "writing", "fell silent"],
 )
 def test_a_queue_that_moves_is_no_fault_of_its_backend(told, outcome, monkeypatch):
     now = [0.0]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -258,6 +259,47 @@ def test_without_redis_turns_take_hardly_longer_and_none_is_lost(
     assert (added <= longer_s, lag <= LAG_S) == (True, True), (added, lag, len(lags))
 
 
+#: Fault F6 at its full length, and how often somebody asks meanwhile.
+HANGS_S, EVERY_S = 60.0, 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_redis_that_hangs_for_a_minute_costs_nobody_more_than_its_patience(
+    redis: Redis, postgres: str, tmp_path: Path
+) -> None:
+    settings = {"ASSISTANT_RATE": "10000/h"}
+    with (
+        stacked(tmp_path, redis, postgres, **settings) as stack,
+        Client(stack.server.http, stack.token) as client,
+    ):
+        _asked_for(3.0, client)  # threads, connections and templates come with the first turns
+        before = _asked_for(10.0, client)
+        redis.hang()
+        with _pinged(stack, client) as lags:
+            after = _asked_for(HANGS_S / 2, client)
+            assert _signs_in(stack), "logins still work"
+            after += _asked_for(HANGS_S / 2, client)
+        redis.process.send_signal(signal.SIGCONT)
+        with redis.client() as there:
+            there.flushall()
+        _counts_again(redis, client)
+    added = _quantile(after, 0.99) - _quantile(before, 0.99)
+    lag = sorted(lags)[int(len(lags) * 0.99)]
+    print(f"{len(after)} turns, p99 longer by {added * 1000:.0f} ms, lag p99 {lag * 1000:.0f} ms")
+    assert {status for status, _ in (*before, *after)} == {200}
+    assert (added <= 0.25, lag <= LAG_S) == (True, True), (added, lag, len(after), len(lags))
+
+
+def _asked_for(seconds: float, client: Client) -> list[tuple[int, float]]:
+    """Turns at a steady rate, each timed."""
+    turns, until = [], time.monotonic() + seconds
+    while (began := time.monotonic()) < until:
+        turns.append(timed(client, f"turn {len(turns)}"))
+        time.sleep(max(0.0, began + EVERY_S - time.monotonic()))
+    return turns
+
+
 def _quantile(turns: list[tuple[int, float]], share: float) -> float:
     return sorted(seconds for _, seconds in turns)[int(len(turns) * share)]
 
@@ -306,15 +348,20 @@ def _comes_back(redis: Redis, client: Client) -> None:
     with contextlib.suppress(ProcessLookupError):
         redis.kill()
     again = Redis.start(redis.folder, redis.port)
-    began = time.monotonic()
     try:
-        with again.client() as there:
-            while not there.dbsize():
-                assert client.rest("and now?").status_code == 200
-                assert time.monotonic() - began < BACK_WITHIN_S
-                time.sleep(0.05)
+        _counts_again(again, client)
     finally:
         again.kill()
+
+
+def _counts_again(redis: Redis, client: Client) -> None:
+    """Within seconds there is something in that empty Redis."""
+    began = time.monotonic()
+    with redis.client() as there:
+        while not there.dbsize():
+            assert client.rest("and now?").status_code == 200
+            assert time.monotonic() - began < BACK_WITHIN_S
+            time.sleep(0.05)
 
 
 @pytest.mark.chaos
