@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from contextlib import suppress
+from datetime import UTC
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,9 @@ class RecentFirst(CursorPagination):
     ordering = ("-updated_at", "-id")
     #: What ``?ordering=`` may be, with or without a minus.
     fields: tuple[str, ...] = ("updated_at", "created_at", "title")
+    #: Of rows that are equal in that order, such as those without a title; after DRF's thousand the
+    #: same page would follow for ever.
+    offset_cutoff = 1_000_000
 
     def get_ordering(self, request: Request, queryset: Any, view: Any) -> tuple[str, ...]:
         asked = request.query_params.get("ordering")
@@ -99,9 +103,9 @@ class RecentFirst(CursorPagination):
                 return bool(re.fullmatch(r"[0-9]{1,9}", position))
             case "title":
                 return "\0" not in position
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):  # the latter at both ends of the calendar
             moment = parse_datetime(position)
-            return moment is not None and moment.tzinfo is not None
+            return moment is not None and bool(moment.tzinfo and moment.astimezone(UTC))
         return False
 
 
