@@ -33,7 +33,7 @@ from channels.sessions import CookieMiddleware  # type: ignore[import-untyped]  
 from django.conf import settings  # noqa: E402
 from django.http.request import split_domain_port, validate_host  # noqa: E402
 
-from config.handler import OneThreadHandler, send_problem  # noqa: E402
+from config.handler import CLOSED, OneThreadHandler, send_problem  # noqa: E402
 from conversations.urls import websocket_urlpatterns  # noqa: E402
 
 #: A browser sends twenty headers and, with the cookies of a whole product, some kilobytes.
@@ -92,24 +92,24 @@ def _no_browser(scope: dict[str, Any]) -> bool:
 class Bounded:
     """Refuses headers that are more than anybody's or that two readers read in two ways.
 
-    Servers differ in what they let through; the answer closes the connection (RFC 9112, 6.3).
+    Servers differ in what they let through; the answer closes the connection.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> Any:
-        if (refusal := _refusal(scope.get("headers", ()))) is None:
+        if (refusal := _refusal(scope)) is None:
             return await self._inner(scope, receive, send)
         if scope["type"] == "websocket":
             return await WebsocketDenier.as_asgi()(scope, receive, send)
         status, told = refusal
-        closed = (b"connection", b"close")
-        await send_problem(scope, send, "invalid_request", status, told, closed)
+        await send_problem(scope, send, "invalid_request", status, told, CLOSED)
 
 
-def _refusal(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
-    """Status and reason, if these headers are refused."""
+def _refusal(scope: dict[str, Any]) -> tuple[int, str] | None:
+    """Status and reason, if these headers or this address are refused."""
+    headers: Sequence[tuple[bytes, bytes]] = scope.get("headers", ())
     names = {name for name, _ in headers}
     whole = b"".join(name + value for name, value in headers)
     if len(headers) > MAX_HEADERS or len(whole) > MAX_HEADERS_BYTES:
@@ -119,7 +119,17 @@ def _refusal(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str] | None:
         return 400, "Content-Length and Transfer-Encoding were both sent. Send one of them."
     if _CONTROL.search(whole):
         return 400, "A header holds a control character."
+    if not _is_utf8(scope.get("query_string", b"")):  # Django logs a trace for it
+        return 400, "The query of the address is not UTF-8."
     return None
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 application = Bounded(

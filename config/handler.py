@@ -34,6 +34,9 @@ from assistant.threads import crowded, room
 #: this is well above what the engine's queue lets in.
 MOST_REQUESTS = 256
 
+#: Of any request: Django reads no more of a form than this, and nothing here takes a file.
+MOST_BODY_BYTES = 2_621_440
+
 #: Paths whose requests are refused in a crowd.
 _SHED = ("/api/", "/v1/")
 
@@ -47,9 +50,13 @@ class OneThreadHandler(ASGIHandler):
         to start."""
         if scope["type"] != "http":
             raise ValueError(f"This handles HTTP only, not {scope['type']}.")
+        bounded = _Bounded(receive)
         try:
-            body = await self.read_body(receive)
+            body = await self.read_body(bounded)
         except RequestAborted:
+            if bounded.over:
+                told = f"The body is larger than {MOST_BODY_BYTES:,} bytes. Send less."
+                await send_problem(scope, send, "invalid_request", 413, told, CLOSED)
             return
         with closing(body):
             await self._while_listening(self._answer(scope, body, send), receive)
@@ -124,6 +131,26 @@ def _in_threads(respond: Callable[[HttpRequest], HttpResponseBase]) -> Any:
 
 # -- without Django -------------------------------------------------------------------------------
 
+#: Nobody reads on after a request that was not understood (RFC 9112, 6.3).
+CLOSED = (b"connection", b"close")
+
+
+class _Bounded:
+    """A body on its way. Django would write it to the disk for as long as somebody sends: what is
+    too large breaks off."""
+
+    def __init__(self, receive: Any) -> None:
+        self._receive, self._left = receive, MOST_BODY_BYTES
+
+    @property
+    def over(self) -> bool:
+        return self._left < 0
+
+    async def __call__(self) -> Any:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        return {"type": "http.disconnect"} if self.over else message
+
 
 async def _refuse(scope: Any, send: Any) -> None:
     """For a request of the API that found no room."""
@@ -131,19 +158,26 @@ async def _refuse(scope: Any, send: Any) -> None:
 
     error = crowded()
     turn_refused.send_robust(sender=Turn, transport="rest", code=error.code)
-    again = (b"retry-after", f"{error.retry_after_s:.0f}".encode())
-    await send_problem(scope, send, error.code, 503, error.message, again)
+    wait = (b"retry-after", f"{error.retry_after_s:.0f}".encode())
+    again = (b"x-should-retry", b"true")
+    await send_problem(scope, send, error.code, 503, error.message, wait, again)
 
 
 async def send_problem(
     scope: Any, send: Any, code: str, status: int, detail: str, *headers: tuple[bytes, bytes]
 ) -> None:
     """An error as ``application/problem+json`` before any request was made of ``scope``."""
-    from conversations import wire
+    from conversations import access, wire
 
-    about = SimpleNamespace(path=scope["path"])
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    about = SimpleNamespace(path=scope["path"], request_id=access.identified(given, ""))
     body = wire.encode(wire.problem(code, status, detail, about)).encode()
-    length = (b"content-length", str(len(body)).encode())
-    told = [(b"content-type", b"application/problem+json"), length, *headers]
+    told = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", about.request_id.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        *headers,
+    ]
     await send({"type": "http.response.start", "status": status, "headers": told})
     await send({"type": "http.response.body", "body": body})

@@ -197,6 +197,19 @@ ASSISTANT_TRUSTED_PROXIES = env_whole(
 ASSISTANT_HTTPS = env_flag(
     "ASSISTANT_HTTPS", False, "Everything over HTTPS: redirect, secure cookies, HSTS for a year."
 )
+# HTTPS for everybody is production; there what is fine on a laptop ends the start, for no server
+# runs ``check --deploy``.
+for _name, _careless, _wanted in (
+    ("DEBUG", DEBUG, "off"),
+    ("ALLOWED_HOSTS", "*" in ALLOWED_HOSTS, "your own host names, without *"),
+    ("SECRET_KEY", SECRET_KEY_IS_KEPT, "set, so that all hosts share it"),
+    ("SECRET_KEY", SECRET_KEY.startswith("django-insecure-"), "no example but your own"),
+    ("SECRET_KEY", len(SECRET_KEY) < 50 or len(set(SECRET_KEY)) < 5, "50 random characters"),
+):
+    if ASSISTANT_HTTPS and _careless:
+        raise ImproperlyConfigured(
+            f"ASSISTANT_HTTPS is on, so this is production, where {_name} must be {_wanted}."
+        )
 if ASSISTANT_TRUSTED_PROXIES:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 SECURE_SSL_REDIRECT = ASSISTANT_HTTPS

@@ -154,7 +154,7 @@ def caller_of_page(request: HttpRequest) -> Caller | None:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """What a socket showed to come in; no part of it is ever logged."""
+    """What a socket or a stream showed to come in; no part of it is ever logged."""
 
     #: As in the header: ``Bearer ...``.
     authorization: str = field(default="", repr=False)
@@ -176,6 +176,13 @@ def credential_of_socket(scope: Mapping[str, Any]) -> Credential | None:
     return Credential(session_key=str(session_key)) if session_key else None
 
 
+def credential_of(request: Request) -> Credential:
+    """What let a request of the API in; a proxy may have added a password of its own to it."""
+    if hasattr(request.auth, "scopes"):
+        return Credential(authorization=request.headers["authorization"])
+    return Credential(session_key=request.COOKIES.get(settings.SESSION_COOKIE_NAME, ""))
+
+
 def caller_of_socket(scope: Mapping[str, Any], said: Credential | None = None) -> Caller | None:
     """The caller of a socket as of now: a login that has ended since is nobody. Sync.
 
@@ -184,9 +191,13 @@ def caller_of_socket(scope: Mapping[str, Any], said: Credential | None = None) -
     shown = said or credential_of_socket(scope)
     if shown is None:
         return None
-    address = address_of_socket(scope)
+    return caller_by(shown, "chat", address_of_socket(scope))  # a socket is for chatting
+
+
+def caller_by(shown: Credential, needed: str, address: str = "") -> Caller | None:
+    """Whose that is as of now, if it is good for that scope. Sync."""
     if shown.authorization:
-        return _caller_by_token(shown.authorization, address)
+        return _caller_by_token(shown.authorization, needed, address)
     session = import_module(settings.SESSION_ENGINE).SessionStore(shown.session_key)
     user = get_user(cast(HttpRequest, SimpleNamespace(session=session)))
     if user.is_authenticated:
@@ -211,7 +222,7 @@ def _headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
     return {key: ",".join(values) for key, values in found.items()}
 
 
-def _caller_by_token(header: str, address: str) -> Caller | None:
+def _caller_by_token(header: str, needed: str, address: str) -> Caller | None:
     scheme, _, key = header.partition(" ")
     if scheme.lower() != "bearer":
         return None
@@ -219,7 +230,7 @@ def _caller_by_token(header: str, address: str) -> Caller | None:
         user, token = TokenAuthentication().authenticate_credentials(key.strip().encode())
     except exceptions.AuthenticationFailed:
         return None
-    if "chat" not in token.scopes:  # a socket is for chatting
+    if needed not in token.scopes:
         return None
     return Caller(user.pk, address=address)
 

@@ -1,8 +1,8 @@
-"""Whether the logins behind open sockets still stand: a look at all of them, every two seconds.
+"""Whether the logins behind open sockets and event streams still stand: a look every two seconds.
 
 Logging out, a new password, a revoked token and a closed account show in three tables, whichever
 process wrote them. One query a table compares what is there with what was there before; only a
-socket with a difference is judged, by the rules that judged it when it came. Needs no Redis and no
+one with a difference is judged, by the rules that judged it when it came. Needs no Redis and no
 signal, which a change by ``QuerySet.update`` or another program would not send.
 """
 
@@ -12,16 +12,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from django.contrib.auth import get_user_model
 from django.contrib.sessions.models import Session
 from django.utils import timezone
 from knox.models import AuthToken
+from rest_framework.permissions import SAFE_METHODS
+from rest_framework.request import Request
 
+from assistant.errors import AssistantError
 from assistant.threads import in_thread
-from conversations.access import Credential
+from conversations.access import Credential, caller_by, caller_of, credential_of
+from conversations.log import Completed, Failed
+from conversations.wire import Readable
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ State = tuple[object, ...]
 
 @dataclass(eq=False, slots=True)
 class Watch:
-    """One socket. ``stands``: sync, in a worker thread; ``end``: on the loop it was made on."""
+    """One of them. ``stands``: sync, in a worker thread; ``end``: on the loop it was made on."""
 
     shown: Credential
     user_id: int | None
@@ -44,7 +49,7 @@ class Watch:
 
 
 class Watched:
-    """The sockets of one event loop, and the task that looks after them while there are any."""
+    """Those of one event loop, and the task that looks after them while there are any."""
 
     def __init__(self) -> None:
         self._watches: set[Watch] = set()
@@ -75,6 +80,59 @@ class Watched:
         except Exception as error:
             log.warning("logins could not be looked at: %s", type(error).__name__)
             return []
+
+
+class LoginEnded(AssistantError):
+    """Told as the last event of a stream."""
+
+    code: ClassVar[str] = "unauthenticated"
+    permanent: ClassVar[bool] = True
+
+
+class WhileSignedIn:
+    """A reader for the one who made that request, as long as they may read.
+
+    Iterating raises: LoginEnded, once, instead of the end that is not told any more.
+    """
+
+    def __init__(self, reader: Readable, request: Request) -> None:
+        self._reader = reader
+        caller, shown = caller_of(request), credential_of(request)
+        needed = "read" if request.method in SAFE_METHODS else "chat"
+
+        def stands() -> bool:
+            now = caller_by(shown, needed)
+            return now is not None and now.key == caller.key
+
+        self._watch = Watch(shown, caller.user_id, stands, self._sign_out)
+        self._watched: Watched | None = None
+        self._told_end = self._put_out = False
+
+    async def __anext__(self) -> Any:
+        if self._watched is None:
+            self._watched = watched()
+            self._watched.add(self._watch)
+        try:
+            event = await anext(self._reader)
+        except StopAsyncIteration:
+            self.close()
+            if self._told_end or not self._put_out:
+                raise
+            self._told_end = True
+            told = "The login or token behind this stream has ended. Sign in again."
+            raise LoginEnded(told) from None
+        self._told_end = isinstance(getattr(event, "event", event), Completed | Failed)
+        return event
+
+    def _sign_out(self) -> None:
+        self._put_out = True
+        self.close()
+
+    def close(self) -> None:
+        """From any thread."""
+        if self._watched is not None:
+            self._watched.remove(self._watch)
+        self._reader.close()
 
 
 _by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Watched] = WeakKeyDictionary()

@@ -31,6 +31,7 @@ from conversations.access import caller_of
 from conversations.counting import Places
 from conversations.limits import Caller
 from conversations.log import Completed, Created, Delta, Failed, Queued
+from conversations.logins import WhileSignedIn
 from conversations.openai_request import Asked, Embeddable
 from conversations.openai_wire import Part, Reply
 from conversations.turn import Turn
@@ -177,7 +178,7 @@ def _answer(
     limits = wire.limit_headers(caller.standings, request.path)
     reply, choices = reply_of(asked, turns[0].message.pk.hex), Choices(turns)
     if asked.stream:
-        return _streamed(choices, reply, limits)
+        return _streamed(request, choices, reply, limits)
     try:
         ends = waited(_ends, choices)
     finally:
@@ -205,7 +206,9 @@ async def _ends(choices: Choices) -> list[Part]:
     return [_sound(part) async for part in choices if not isinstance(part.event, Delta)]
 
 
-def _streamed(choices: Choices, reply: Reply, limits: dict[str, str]) -> HttpResponseBase:
+def _streamed(
+    request: Request, choices: Choices, reply: Reply, limits: dict[str, str]
+) -> HttpResponseBase:
     """The answers as they are written, from the first word on: until then, errors have a status."""
 
     def write(part: Part) -> bytes:
@@ -219,7 +222,7 @@ def _streamed(choices: Choices, reply: Reply, limits: dict[str, str]) -> HttpRes
         raise
     route = {"X-Assistant-Route": first.source.route} if first is not None else {}
     return StreamingHttpResponse(
-        wire.EventStream(choices, write),
+        wire.EventStream(WhileSignedIn(choices, request), write, reply.broken),
         content_type="text/event-stream",
         headers={**wire.SSE_HEADERS, **route, **limits},
     )

@@ -14,7 +14,8 @@ from conversations.log import Completed, Created, Delta, Failed, Reader, TurnEve
 from conversations.models import Message, note_siblings
 from conversations.running import running
 
-#: No answer has more events: each is a character at least, and those are bounded.
+#: No answer has more events: each is a character at least, and those are bounded. Whoever saw that
+#: one saw the end: of an answer without a log nobody knows which number its end had.
 MAX_SEQ = 100_000
 #: How often the row is looked at while another process writes the answer.
 ELSEWHERE_S = 1.0
@@ -25,6 +26,8 @@ def reader_of(message: Message, after_seq: int) -> Reader | Stored | None:
 
     Raises: InvalidRequest for a number that its log has not reached.
     """
+    if after_seq == MAX_SEQ and message.status != Message.Status.STREAMING:
+        return None
     log = running.log_of(message)
     if log is None:
         return Stored(message, after_seq)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from contextlib import suppress
+from datetime import UTC
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,8 @@ from conversations.inputs import (
     valid,
 )
 from conversations.limits import Caller
+from conversations.log import Completed, Failed, TurnEvent
+from conversations.logins import WhileSignedIn
 from conversations.models import Conversation, Feedback, Message, note_siblings
 from conversations.opening import RESULT_FIELDS
 from conversations.resume import MAX_SEQ, Stored, reader_of
@@ -70,6 +73,9 @@ from fallback import answers, breaker
 class RecentFirst(CursorPagination):
     page_size, max_page_size, page_size_query_param = 50, 200, "page_size"
     ordering = ("-updated_at", "-id")
+    #: Of rows that are equal in that order, such as those without a title; after DRF's thousand the
+    #: same page would follow for ever.
+    offset_cutoff = 1_000_000
     #: What ``?ordering=`` may be, with or without a minus.
     fields: tuple[str, ...] = ("updated_at", "created_at", "title")
 
@@ -99,9 +105,9 @@ class RecentFirst(CursorPagination):
                 return bool(re.fullmatch(r"[0-9]{1,9}", position))
             case "title":
                 return "\0" not in position
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):  # the latter at both ends of the calendar
             moment = parse_datetime(position)
-            return moment is not None and moment.tzinfo is not None
+            return moment is not None and bool(moment.tzinfo and moment.astimezone(UTC))
         return False
 
 
@@ -184,7 +190,7 @@ class Messages(Polled):
         conversation = own_conversation(request, pk)
         caller, text, once = caller_of(request), data["text"], _once(request, "create", None, data)
         begin = partial(Turn.open, caller, conversation, text, transport=transport, once=once)
-        return _answered(run_once(pk, once, begin), transport)
+        return _answered(request, run_once(pk, once, begin), transport)
 
 
 def _transport(request: Request, data: dict[str, Any]) -> str:
@@ -208,23 +214,23 @@ def _conversation_of(caller: Caller, message_id: uuid.UUID) -> uuid.UUID:
     return conversation
 
 
-def _answered(begun: Turn | Message, transport: str) -> HttpResponseBase:
+def _answered(request: Request, begun: Turn | Message, transport: str) -> HttpResponseBase:
     """The turn's answer when it is complete, or its events while it is written."""
     if isinstance(begun, Message):
-        return _answered_again(begun, transport)
+        return _answered_again(request, begun, transport)
     limits = wire.limit_headers(begun.caller.standings, "")
     if transport == "sse":
-        return _streamed(begun.read(), limits)
+        return _streamed(request, begun.read(), limits)
     message = waited(begun.result)
     headers = {"X-Assistant-Route": message.route, **limits}
     return Response(wire.message_json(message), headers=headers)
 
 
-def _answered_again(message: Message, transport: str) -> HttpResponseBase:
+def _answered_again(request: Request, message: Message, transport: str) -> HttpResponseBase:
     """The same to a request that came before: from where its answer is being written, or kept."""
     again = {"Idempotent-Replayed": "true"}
     if transport == "sse":
-        return _streamed(reader_of(message, 0) or Stored(message, 0), again)
+        return _streamed(request, reader_of(message, 0) or Stored(message, 0), again)
     turn = running.get(message.conversation_id)
     if turn is not None and turn.message.pk == message.pk:
         message = waited(turn.result)
@@ -235,12 +241,21 @@ def _answered_again(message: Message, transport: str) -> HttpResponseBase:
     return Response(wire.message_json(message), headers=headers)
 
 
-def _streamed(reader: wire.Readable, headers: dict[str, str]) -> StreamingHttpResponse:
+def _streamed(
+    request: Request, reader: wire.Readable, headers: dict[str, str]
+) -> StreamingHttpResponse:
+    write = _sse_of_row if isinstance(reader, Stored) else wire.sse
     return StreamingHttpResponse(
-        wire.EventStream(reader),
+        wire.EventStream(WhileSignedIn(reader, request), write),
         content_type="text/event-stream",
         headers={**wire.SSE_HEADERS, **headers},
     )
+
+
+def _sse_of_row(event: TurnEvent) -> bytes:
+    """Its end is known as the last there can be, or a browser would ask for what follows it, get
+    the end once more under the next number, and ask again."""
+    return wire.sse(event, MAX_SEQ if isinstance(event, Completed | Failed) else None)
 
 
 def _listed(rows: QuerySet[Message], pages: RecentFirst, view: APIView) -> Response:
@@ -263,7 +278,8 @@ class MessageRegenerate(APIView):
         data, caller = valid(AgainBody(data=request.data)), caller_of(request)
         transport, once = _transport(request, data), _once(request, "regenerate", pk, data)
         begin = partial(Turn.regenerate, caller, pk, transport=transport, once=once)
-        return _answered(run_once(_conversation_of(caller, pk), once, begin), transport)
+        begun = run_once(_conversation_of(caller, pk), once, begin)
+        return _answered(request, begun, transport)
 
 
 class MessageEdit(APIView):
@@ -272,7 +288,8 @@ class MessageEdit(APIView):
         data, caller = valid(QuestionBody(data=request.data)), caller_of(request)
         transport, once = _transport(request, data), _once(request, "edit", pk, data)
         begin = partial(Turn.edit, caller, pk, data["text"], transport=transport, once=once)
-        return _answered(run_once(_conversation_of(caller, pk), once, begin), transport)
+        begun = run_once(_conversation_of(caller, pk), once, begin)
+        return _answered(request, begun, transport)
 
 
 class MessageEvents(APIView):
@@ -285,7 +302,7 @@ class MessageEvents(APIView):
         if message is None:
             raise NotFound("There is no such answer.")
         reader = reader_of(message, _last_event(request))
-        return Response(status=204) if reader is None else _streamed(reader, {})
+        return Response(status=204) if reader is None else _streamed(request, reader, {})
 
 
 def _last_event(request: Request) -> int:

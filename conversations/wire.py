@@ -325,10 +325,19 @@ SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 KEEP_ALIVE_S = 15.0
 
 
-def sse(event: TurnEvent) -> bytes:
-    """One event; JSON has no raw line breaks, so no text can forge another."""
-    frame = event_json(event)
-    return f"event: {frame['type']}\nid: {event.seq}\ndata: {encode(frame)}\n\n".encode()
+def sse(event: TurnEvent, known_as: int | None = None) -> bytes:
+    """One event; JSON has no raw line breaks, so no text can forge another.
+
+    ``known_as``: what a client names that saw it last, if not its number.
+    """
+    frame, named = event_json(event), known_as or event.seq
+    return f"event: {frame['type']}\nid: {named}\ndata: {encode(frame)}\n\n".encode()
+
+
+def sse_error(error: AssistantError) -> bytes:
+    """The last event of a stream that ends before its answer does; it has no number."""
+    frame = {"type": "error", "error": error_json(error)}
+    return f"event: error\ndata: {encode(frame)}\n\n".encode()
 
 
 class Readable(Protocol):
@@ -342,11 +351,17 @@ class Readable(Protocol):
 class EventStream:
     """A turn's log as server-sent events, with a comment when nothing happens for 15 s.
 
-    Django calls ``close`` when the client hangs up, from a worker thread.
+    An error of the reader is an event too. Django calls ``close`` when the client hangs up, from a
+    worker thread.
     """
 
-    def __init__(self, reader: Readable, write: Callable[[Any], bytes] = sse) -> None:
-        self._reader, self._write = reader, write
+    def __init__(
+        self,
+        reader: Readable,
+        write: Callable[[Any], bytes] = sse,
+        broken: Callable[[AssistantError], bytes] = sse_error,
+    ) -> None:
+        self._reader, self._write, self._broken = reader, write, broken
 
     def __aiter__(self) -> EventStream:
         return self
@@ -357,6 +372,8 @@ class EventStream:
                 return self._write(await anext(self._reader))
         except TimeoutError:
             return b": keep-alive\n\n"
+        except AssistantError as error:
+            return self._broken(error)
 
     def close(self) -> None:
         self._reader.close()

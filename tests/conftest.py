@@ -136,7 +136,10 @@ class Server:
 
 
 COMMANDS = {
-    "uvicorn": ["uvicorn", "--port", "{port}", "--timeout-graceful-shutdown", "5"],
+    "uvicorn": [
+        *("uvicorn", "--port", "{port}", "--timeout-graceful-shutdown", "5"),
+        *("--no-proxy-headers", "--no-server-header", "--ws-max-size", "65536"),
+    ],
     "daphne": ["daphne", "-p", "{port}"],
 }
 

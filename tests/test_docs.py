@@ -16,7 +16,7 @@ from django.contrib.auth.models import User
 from django.core.management import get_commands
 
 from config import settings as settings_module
-from tests.conftest import serving
+from tests.conftest import COMMANDS, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +67,18 @@ def test_the_stack_in_the_readme_is_the_one_that_is_tested() -> None:
 
     block = README.split("**The stack**")[1].split("```")[1]
     assert [line.split()[0] for line in block.strip().splitlines()] == list(STACK)
+
+
+def test_the_servers_of_the_tests_are_started_as_the_readme_says() -> None:
+    readme = README.replace("\\\n", " ")
+    (line,) = re.findall(r"^uvicorn .*", readme, re.M)
+    values = {"--host", "--port", "--timeout-graceful-shutdown"}
+
+    def switches(words: list[str]) -> set[str]:
+        return {word for word in words if word.startswith("--")} - values
+
+    assert switches(shlex.split(line)) == switches(COMMANDS["uvicorn"])
+    assert "--no-proxy-headers" in line and "--ws-max-size" in line
 
 
 @pytest.mark.slow

@@ -84,6 +84,35 @@ def test_a_careless_production_is_refused(settings):
     assert production() == []
 
 
+GOOD_KEY = "k8#" * 20 + "-abcdefghij"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DEBUG", "true"),
+        ("ALLOWED_HOSTS", "chat.example.com,*"),
+        ("SECRET_KEY", ""),
+        ("SECRET_KEY", "django-insecure-" + GOOD_KEY),
+        ("SECRET_KEY", "changeme"),
+        ("SECRET_KEY", "x" * 60),
+    ],
+)
+def test_a_careless_production_does_not_start(tmp_path, name, value):
+    """Whoever serves: settings are all that every server reads."""
+    careful = {
+        "ASSISTANT_HTTPS": "true",
+        "ALLOWED_HOSTS": "chat.example.com",
+        "SECRET_KEY": GOOD_KEY,
+        "DEBUG": "false",
+    }
+    failed = loaded(tmp_path, "1", **{**careful, name: value})
+    assert failed.returncode != 0
+    last = failed.stderr.splitlines()[-1]
+    assert name in last and "production" in last and GOOD_KEY not in last
+    assert loaded(tmp_path, "1", **careful).returncode == 0
+
+
 def test_production_settings_pass_djangos_own_list(tmp_path):
     done = subprocess.run(
         [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
@@ -92,7 +121,7 @@ def test_production_settings_pass_djangos_own_list(tmp_path):
             **os.environ,
             "ASSISTANT_DATA_DIR": str(tmp_path),
             "ASSISTANT_HTTPS": "true",
-            "SECRET_KEY": "k8#" * 20 + "-abcdefghij",
+            "SECRET_KEY": GOOD_KEY,
             "ALLOWED_HOSTS": "chat.example.com",
         },
         capture_output=True,

@@ -70,6 +70,9 @@ QUERIES = [
     *("ordering=user__password", "ordering=-", f"search={'x' * 5_000}", "search=%00"),
     *("created_after=yesterday", "created_before=9999-99-99", "cursor=x", "cursor=bz0tMQ%3D%3D"),
     *("cursor=cD0yMDI2LTAxLTAx", "cursor=cD14", "ordering=title&cursor=cD0A", "search=%1b"),
+    # The first and the last hour there is, in zones where UTC has none.
+    "cursor=cD0wMDAxLTAxLTAxVDAwJTNBMDAlM0EwMCUyQjE0JTNBMDA%3D",
+    "cursor=cD05OTk5LTEyLTMxVDIzJTNBNTklM0E1OS0xNCUzQTAw",
 ]
 IGNORED = [
     "cursor=%00",

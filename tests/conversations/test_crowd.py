@@ -122,6 +122,8 @@ async def test_a_crowd_is_told_when_to_come_back_and_probes_still_pass(
     assert reply["status"] == 503 and told["error"]["code"] == "overloaded"
     assert headers[b"content-type"] == b"application/problem+json"
     assert headers[b"retry-after"] == b"2" and told["instance"] == "/v1/chat/completions"
+    assert headers[b"x-should-retry"] == b"true"
+    assert headers[b"x-request-id"].decode() == told["request_id"] != ""
     assert refused == ["overloaded"] and probe["status"] == 200
     assert not caplog.records  # a line for each would be most of what a crowd costs
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.http import HttpResponse
 from django.test import Client
 from django.utils import timezone
 
@@ -196,10 +199,12 @@ ELSEWHERE = {(503, "interrupted"), (431, "invalid_request")}
 
 @pytest.mark.parametrize(("status", "code", "request_"), ERRORS.values(), ids=ERRORS)
 def test_it_is_a_problem(status, code, request_, stage):
-    body = assert_problem(request_(stage), status, code)
+    reply = request_(stage)
+    body = assert_problem(reply, status, code)
     assert body["error"]["type"] == errors.ERRORS[code].type
     assert body["error"]["message"] == body["detail"]
-    assert "Traceback" not in json.dumps(body)
+    told = f"{json.dumps(body)} {reply.headers}"
+    assert not re.search(r"Traceback|File \\?\"|site-packages|daphne|uvicorn|Django", told)
 
 
 @pytest.mark.parametrize("name", [name for name, row in ERRORS.items() if row[0] in {429, 503}])
@@ -235,20 +240,40 @@ def test_the_papers_say_what_the_table_says():
     assert errors.errors_table() in paper, "copy conversations.errors.errors_table() there"
 
 
-async def test_headers_that_nobody_needs_are_a_problem_too():
+#: What no request is made of.
+UNREAD: dict[str, tuple[int, dict[str, Any]]] = {
+    "headers that nobody needs": (431, {"headers": [(b"x-%d" % n, b"y") for n in range(200)]}),
+    "two lengths": (400, {"headers": [(b"content-length", b"1"), (b"transfer-encoding", b"x")]}),
+    "an address that is no text": (400, {"query_string": b"search=\xff"}),
+    "a body without an end": (413, {"method": "POST"}),
+}
+
+
+@pytest.mark.parametrize(("status", "scope"), UNREAD.values(), ids=UNREAD)
+async def test_what_is_refused_before_there_is_a_request_is_a_problem_too(status, scope, caplog):
     sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 65_536, "more_body": True}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    headers = [(b"x-%d" % n, b"y") for n in range(200)]
-    scope = {"type": "http", "path": API, "headers": headers, "method": "GET"}
-    await application(scope, None, send)
+    usual = {"type": "http", "path": API, "method": "GET", "headers": [], "query_string": b""}
+    asked = {**usual, **scope}
+    asked["headers"] = [*asked["headers"], (b"x-request-id", b"mine")]
+    async with asyncio.timeout(5):
+        await application(asked, receive, send)
     start, body = sent
-    assert (start["status"], (b"content-type", b"application/problem+json")) == (
-        431, start["headers"][0]
-    )  # fmt: skip
-    assert json.loads(body["body"])["error"]["code"] == "invalid_request"
+    headers = dict(start["headers"])
+    reply = HttpResponse(body["body"], status=start["status"])
+    reply["Content-Type"] = headers[b"content-type"].decode()
+    reply["X-Request-ID"] = headers[b"x-request-id"].decode()
+    reply.json = lambda: json.loads(body["body"])  # type: ignore[attr-defined]
+    assert assert_problem(reply, status, "invalid_request")["request_id"] == "mine"
+    assert headers[b"x-content-type-options"] == b"nosniff"
+    assert headers[b"connection"] == b"close"
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("accept", ["text/html", "text/html,application/json;q=0.9", "*/*", ""])

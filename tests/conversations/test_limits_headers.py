@@ -11,12 +11,16 @@ import json
 import re
 import socket
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
 
-from tests.conftest import Server
+from tests.conftest import Server, serving
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -156,3 +160,33 @@ def test_odd_headers_get_their_own_answer_and_never_a_crash(
     statuses, reply = asked(server, path(body, *headers))
     assert statuses == [status], reply
     assert b"Traceback" not in reply
+
+
+# --- Who it comes from ---------------------------------------------------------------------------
+
+LIMIT = 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uvicorn", "daphne"])
+def test_no_server_believes_who_a_header_says_it_is(
+    name: str, django_db_setup: None, database_file: Path, tmp_path: Path
+) -> None:
+    """Nobody is behind a proxy here: on this host anybody may say what they like."""
+    with serving(name, database_file, tmp_path, ASSISTANT_LOGIN_RATE=f"{LIMIT}/m") as server:
+        tries = [_signed_in(server, f"198.51.100.{n}" if n % 2 else f"x{n}") for n in range(9)]
+    assert tries == [200] * LIMIT + [429] * (9 - LIMIT)
+
+
+def _signed_in(server: Server, forged: str) -> int:
+    """The status of a try to sign in by nobody we know."""
+    token = "x" * 32
+    form = {"username": "nobody", "password": "wrong", "csrfmiddlewaretoken": token}
+    headers = {"Cookie": f"csrftoken={token}", "X-Forwarded-For": forged}
+    body = urllib.parse.urlencode(form).encode()
+    asked = urllib.request.Request(f"{server.http}/accounts/login/", body, headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=30) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as refused:
+        return refused.code

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import AsyncIterator
@@ -174,6 +175,18 @@ async def test_ten_thousand_fragments_are_one_message_or_the_end(server, convers
 
 
 @pytest.mark.slow
+async def test_ten_thousand_empty_fragments_are_no_message_and_the_end_of_nobody_else(
+    server, conversation, cookie
+):
+    async with raw(server, conversation, cookie) as (reader, writer):
+        writer.write(frame(TEXT, fin=False) + frame(CONTINUES, fin=False) * 10_000)
+        writer.write(frame(CONTINUES, PING_JSON))
+        seen = await until_closed(reader, 3)
+        assert b'"pong"' in seen or over(reader)
+    await still_serves(server, conversation, cookie)
+
+
+@pytest.mark.slow
 async def test_ten_thousand_frames_in_one_write_end_that_socket_only(server, conversation, cookie):
     async with raw(server, conversation, cookie) as (reader, writer):
         writer.write(frame(TEXT, b"nonsense") * 10_000)
@@ -237,6 +250,24 @@ async def test_doubled_headers_open_no_socket(server, conversation, cookie, more
     async with line(server, said) as (reader, _):
         status = (await until_closed(reader, 3)).split(b"\r\n")[0]
     assert status.split(b" ")[1] in {b"400", b"403"}, status
+
+
+@pytest.mark.parametrize(
+    ("was", "instead"),
+    [
+        (rb"Sec-WebSocket-Key: [^\r]+\r\n", b""),
+        (rb"Sec-WebSocket-Key: [^\r]+", b"Sec-WebSocket-Key: short"),
+        (rb"Version: 13", b"Version: 99"),
+        (rb"Connection: Upgrade", b"Connection: close"),
+    ],
+    ids=["no key", "no key of 16 bytes", "version 99", "no upgrade"],
+)
+async def test_a_handshake_that_is_none_opens_no_socket(server, conversation, cookie, was, instead):
+    said = re.sub(was, instead, handshake(server, conversation, cookie))
+    async with line(server, said) as (reader, _):
+        status = (await until_closed(reader, 3)).split(b"\r\n")[0]
+    assert status.split(b" ")[1] in {b"400", b"404", b"426"}, status
+    await still_serves(server, conversation, cookie)
 
 
 @pytest.mark.parametrize("login", ["expired", "logged out", "deactivated"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from django.contrib.auth.models import User
@@ -102,6 +104,16 @@ def test_every_order_is_paged_to_its_end(api, ana):
         assert len(seen) == len(set(seen)) == 25, ordering
 
 
+def test_many_without_a_title_are_paged_to_their_end_too(api, ana):
+    Conversation.objects.bulk_create(Conversation(user=ana) for _ in range(1_450))
+    path, seen = f"{API}?ordering=title&page_size=200", []
+    while path and len(seen) < 2_000:
+        page = api("GET", path).json()
+        seen += [row["id"] for row in page["results"]]
+        path = page["next"]
+    assert len(seen) == len(set(seen)) == 1_450
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -124,6 +136,36 @@ def test_a_bad_query_is_a_400_that_says_why(query, api, archive):
 @pytest.mark.parametrize("query", ["conversation=5", "role=system", "ordering=seq"])
 def test_a_bad_query_for_messages_is_refused_as_well(query, api, archive):
     assert_problem(api("GET", f"{MESSAGES}?{query}"), 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("' OR 1=1 --", "'; DROP TABLE conversations_message; --", '" OR ""="', "1) OR (1=1"),
+        *(
+            "x' UNION SELECT password FROM auth_user --",
+            "%' OR title LIKE '%",
+            "\\",
+            "\\'",
+            "%",
+            "_",
+        ),
+        *("'||(SELECT pg_sleep(5))||'", "$$", "a:*", "!", "a & | b", '"', "(((((", "-", "/*", "*/"),
+    ],
+)
+def test_no_query_is_sql(said, api, ben, archive):
+    """Whatever it says, it is words to look for, and finds nothing of others."""
+    Conversation.objects.create(user=ben, title=f"theirs {said}")
+    began = time.monotonic()
+    for path, fields in (
+        (API, ("search", "title", "ordering", "created_after", "cursor", "page_size")),
+        (MESSAGES, ("search", "conversation", "role", "ordering", "created_before", "cursor")),
+    ):
+        for field in fields:
+            reply = api("GET", f"{path}?{urlencode({field: said})}")
+            assert reply.status_code in {200, 400, 404}, (field, reply.content)
+            assert "theirs" not in reply.content.decode()
+    assert time.monotonic() - began < 12
 
 
 def test_polling_gets_a_304_until_something_changes(api, ana, archive):

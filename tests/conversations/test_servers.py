@@ -15,7 +15,7 @@ import websockets
 from django.contrib.auth.models import User
 from websockets.asyncio.client import ClientConnection, connect
 
-from conversations.models import Conversation, Message
+from conversations.models import ALIVE_EVERY_S, Conversation, Message
 from tests.conftest import Server, serving
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -237,3 +237,39 @@ async def test_a_server_told_to_stop_keeps_what_it_was_writing(
         message = await ended(conversation, 5)
         assert await asyncio.to_thread(server.process.wait, 10) in {0, -signal.SIGTERM}
     assert message.status == "interrupted" and message.text.startswith("word")
+
+
+@pytest.mark.slow
+async def test_a_server_that_was_killed_left_its_questions_and_what_it_had_written(
+    ana, cookie, database_file: Path, tmp_path: Path
+):
+    talks = [await Conversation.objects.acreate(user=ana) for _ in range(4)]
+    with serving("uvicorn", database_file, tmp_path) as server:
+        clients = [await chat(server, talk, cookie) for talk in talks]
+        for client in clients:
+            await say(client, type="message.create", text=LONG)
+            await until(client, "message.created")
+        await asyncio.sleep(ALIVE_EVERY_S + 1)
+        server.process.kill()
+        for client in clients:
+            with pytest.raises(websockets.ConnectionClosed):
+                while True:
+                    await asyncio.wait_for(client.recv(), 2)
+    with serving("uvicorn", database_file, tmp_path) as server:
+        ends = await asyncio.gather(*(_told_how_it_ended(server, talk, cookie) for talk in talks))
+    for talk, message in zip(talks, ends, strict=True):
+        assert message["status"] == "interrupted" and message["text"].startswith("word")
+        rows = [row async for row in talk.messages.order_by("seq").values_list("role", "text")]
+        assert rows == [("user", LONG), ("assistant", message["text"])]
+
+
+async def _told_how_it_ended(
+    server: Server, conversation: Conversation, cookie: str
+) -> dict[str, Any]:
+    """As a page asks that comes back; a writer that gave no sign of life for long is gone."""
+    async with chat(server, conversation, cookie) as client, asyncio.timeout(20):
+        await say(client, type="message.resume")
+        told: dict[str, Any] = {}
+        while told.get("type") not in ENDS:
+            told = json.loads(await client.recv())
+        return dict(told["message"])

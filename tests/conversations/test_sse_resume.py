@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -107,6 +108,14 @@ async def test_what_only_the_row_knows_is_told_whole(opened, token):
     assert whole[1]["text"] == WORDS and whole[-1]["message"] == events[-1]["message"]
     (end,) = await events_of(await get(message, token, "4"))
     assert (end["type"], end["seq"], end["message"]["text"]) == ("message.completed", 5, WORDS)
+
+
+async def test_a_browser_stops_asking_for_what_only_the_row_knows_too(opened, token):
+    message, _ = await finished(opened)
+    running._ended.clear()
+    raw = b"".join([part async for part in (await get(message, token, "4")).streaming_content])
+    (seen,) = re.findall(r"^id: (\d+)$", raw.decode(), re.MULTILINE)
+    assert (await get(message, token, seen)).status_code == 204
 
 
 async def test_an_answer_written_elsewhere_is_followed_by_its_row(conversation, token, monkeypatch):

@@ -230,6 +230,7 @@ def _serve(options: dict[str, Any], listening: Callable[[], None]) -> None:
         timeout_graceful_shutdown=5,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,  # settings say which proxies are ours
     )
     Server(config).run()
 
