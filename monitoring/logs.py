@@ -27,7 +27,7 @@ KEYS = (
     *("request_id", "user_id", "conversation_id", "message_id", "transport", "status", "route"),
     *("reason", "model", "intent", "confidence", "ttft_ms", "queue_ms", "prefill_ms"),
     *("duration_ms", "input_tokens", "output_tokens", "finish_reason", "error", "attempt"),
-    *("request", "view", "http_status", "question", "answer", "backend"),
+    *("view", "http_status", "question", "answer", "backend"),
     *("task", "task_id", "parent_task_id", "child_task_id", "child_task_name"),
 )
 #: A longer text of one key is cut: a line has to fit what collects it.
@@ -88,7 +88,7 @@ def use_structlog() -> None:
 
 
 def _known_only(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    kept = {*KEYS, "event", "level", "logger", "timestamp", "exc_info"}
+    kept = {*KEYS, "request", "event", "level", "logger", "timestamp", "exc_info"}
     known = {key: value for key, value in event.items() if key in kept}
     if known.get("exc_info") is True:  # now, wherever it is rendered
         known["exc_info"] = sys.exc_info()

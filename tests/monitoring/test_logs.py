@@ -128,7 +128,15 @@ def test_a_request_is_two_lines_with_its_id_and_no_words(asked, caplog, ana):
 def test_neither_a_query_nor_a_browser_is_logged(client, caplog):
     caplog.set_level("INFO", logger="django_structlog")
     client.get("/livez?search=canaryword", HTTP_USER_AGENT="canaryword/1")
-    assert len(said(caplog, "request_finished")) == 1 and "canary" not in caplog.text
+    (line,) = said(caplog, "request_finished")
+    assert line["request"] == "GET /livez" and "canary" not in caplog.text
+
+
+@pytest.mark.parametrize("formatter", [json_formatter, plain_formatter])
+def test_what_django_says_of_a_request_holds_no_query(client, caplog, formatter):
+    client.get("/nowhere?search=canaryword")
+    lines = [formatter().format(record) for record in caplog.records]
+    assert any("Not Found: /nowhere" in line for line in lines) and "canary" not in str(lines)
 
 
 def test_a_request_that_breaks_has_a_line_with_the_trace(client, caplog, monkeypatch):
