@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from assistant.benchmark import reading
-from assistant.benchmark.drive import Answer, Room, opened, reply
+from assistant.benchmark.drive import Room, opened, reply
 from assistant.benchmark.figures import Fact, Level, Measured, percentile_ms
 from assistant.benchmark.workloads import Sizes
 from assistant.engine import Engine
@@ -54,6 +54,7 @@ def whole_stack(model: Path, threads: int, sizes: Sizes) -> Measured:
             # All sockets open in the same moment: none is to be turned away as a crowd.
             "ASSISTANT_REQUESTS_AT_ONCE": str(sizes.batch),
             "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(sizes.batch * (sizes.rounds + 1)),
+            "ASSISTANT_MAX_SOCKETS_PER_ADDRESS": str(sizes.batch * (sizes.rounds + 1)),
         }
         with Server(Path(folder), **environment) as server:
             through = asyncio.run(_through(server, sizes))
@@ -85,6 +86,8 @@ def stack_readers(
             "ASSISTANT_READING_TOKENS_PER_S": f"{sizes.reading_tokens_per_s:.0f}",
             "ASSISTANT_MAX_TURNS_PER_CALLER": str(count),
             "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(count + 1),
+            "ASSISTANT_MAX_SOCKETS_PER_ADDRESS": str(count + 1),
+            "ASSISTANT_REQUESTS_AT_ONCE": str(count),  # who opens a socket is not turned away
         }
         with tempfile.TemporaryDirectory() as folder, Server(Path(folder), **environment) as server:
             return asyncio.run(_read_all(server, sizes, count)).level(count)
@@ -256,34 +259,26 @@ async def _read_all(server: Server, sizes: Sizes, count: int) -> reading.Seen:
 
 
 async def _read(opened_socket: Any, question: str, sizes: Sizes, seen: reading.Seen) -> None:
-    """One answer at reading speed; who is answered by somebody else than the model was failed."""
-    answer, told = Answer(time.perf_counter()), []
+    """One answer at reading speed; who is answered by somebody else than the model was failed.
+
+    Pieces of text do not tell their tokens, so an answer is behind if its last piece is.
+    """
+    asked, told = time.perf_counter(), []
     await opened_socket.send(json.dumps({"type": "message.create", "text": question}))
     while True:
         frame = json.loads(await asyncio.wait_for(opened_socket.recv(), _ANSWER_S))
         if frame["type"] == "message.delta":
-            told.append((time.perf_counter(), len(frame["text"])))
+            told.append(time.perf_counter())
         if frame["type"] in ("message.completed", "message.failed", "error"):
             break
     message = frame.get("message") or {}
     if message.get("route") != "model" or not told:
         seen.failed += 1
         return
-    answer.arrivals = _arrivals(told, message["usage"]["output_tokens"])
-    seen.ttft.append(answer.ttft)
-    seen.stalls.append(reading.stall(answer, sizes.reading_tokens_per_s))
-    read = answer.arrivals[0] + len(answer.arrivals) / sizes.reading_tokens_per_s
-    await asyncio.sleep(max(0.0, read - time.perf_counter()))
-
-
-def _arrivals(told: Sequence[tuple[float, int]], tokens: int) -> list[float]:
-    """When each token came, as far as pieces of text tell: a piece has its share of them."""
-    shown, whole = 0, sum(chars for _, chars in told)
-    found: list[float] = []
-    for at, chars in told:
-        shown += chars
-        found += [at] * (round(tokens * shown / whole) - len(found))
-    return found
+    reading_s = message["usage"]["output_tokens"] / sizes.reading_tokens_per_s
+    seen.ttft.append(told[0] - asked)
+    seen.stalls.append(max(0.0, told[-1] - told[0] - reading_s))
+    await asyncio.sleep(max(0.0, told[0] + reading_s - time.perf_counter()))
 
 
 # -- the engine alone ----------------------------------------------------------------------------

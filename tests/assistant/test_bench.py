@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assistant.benchmark import bounds, compare, goals, peers, reading, stack, table, workloads
+from assistant.benchmark import bounds, compare, goals, peers, reading, table, workloads
 from assistant.benchmark.compare import BenchError, Cell, Plan, Status
 from assistant.benchmark.drive import Answer
 from assistant.benchmark.figures import (
@@ -296,12 +296,6 @@ def test_a_reader_waits_for_the_latest_token() -> None:
     assert reading.stall(steady, 8) == 0
     late = Answer(0.0, [1, 2, 3], [1.0, 1.1, 2.0])
     assert reading.stall(late, 8) == pytest.approx(0.75)
-
-
-def test_a_piece_of_text_holds_its_share_of_the_tokens() -> None:
-    assert stack._arrivals([(1.0, 10), (2.0, 20), (3.0, 10)], 4) == [1.0, 2.0, 2.0, 3.0]
-    assert stack._arrivals([(1.0, 1), (2.0, 99)], 3) == [2.0] * 3
-    assert len(stack._arrivals([(at / 10, 3) for at in range(7)], 20)) == 20
 
 
 def test_a_level_is_good_when_nobody_falls_behind_and_first_tokens_come_in_time() -> None:
