@@ -81,7 +81,7 @@ class _Together(Collector):
 
     def collect(self) -> Iterator[Metric]:
         families: Iterable[Metric] = self._all.collect()  # type: ignore[no-untyped-call]
-        return filter(reading.told_now, families)
+        return filter(reading.still_holds, families)
 
 
 def bury_the_dead(folder: Path) -> None:

@@ -31,6 +31,9 @@ STEPS: dict[str, tuple[str, str, str]] = {
     State.CANARY: ("canary", "monitoring.canary.gate", State.ACTIVE),
 }
 
+#: The way up.
+ORDER = [*map(str, STEPS), str(State.ACTIVE)]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -56,9 +59,7 @@ def advance(version: ModelVersion, *, by: Any = None, why: str, force: bool = Fa
         _stop(version, name, gate)
     else:
         said = f"{name} gate skipped" if gate is None else gate.why
-        share = settings.ASSISTANT["CANARY"]["PERCENT"] if to_state == State.CANARY else 0
-        registry.move(version, to_state, by=by, why=f"{why}: {said}", forced=force,
-                      canary_percent=share)  # fmt: skip
+        _move(version, to_state, by=by, why=f"{why}: {said}", forced=force)
     return Step(version, gate, (was, version.state))
 
 
@@ -74,8 +75,7 @@ def promote(
         step = _forced(version, to_state, by=by, why=why)
         told(step)
         return step
-    order = [*map(str, STEPS), str(State.ACTIVE)]
-    if version.state not in STEPS or to_state not in order[order.index(version.state) + 1 :]:
+    if version.state not in STEPS or to_state not in ORDER[ORDER.index(version.state) + 1 :]:
         raise RegistryError(
             f"{version.label} is {version.state}: there is no way up to {to_state}."
         )
@@ -129,15 +129,12 @@ def _follow(version: ModelVersion) -> None:
             return
     kept = version.gates.get(name) or {}  # of its job, or of who watches the canary
     if kept.get("passed") and _may_reach(to_state) and _holds(version, kept):
-        share = settings.ASSISTANT["CANARY"]["PERCENT"] if to_state == State.CANARY else 0
-        why = f"by itself, as it was retrained: {kept['why']}"
-        registry.move(version, to_state, why=why, canary_percent=share)
+        _move(version, to_state, why=f"by itself, as it was retrained: {kept['why']}")
 
 
 def _may_reach(state: str) -> bool:
     """Whether settings let it, and nobody else is there who would have to go first."""
-    order = [str(State.CANDIDATE), *(to_state for _, _, to_state in STEPS.values())]
-    if order.index(state) > order.index(settings.ASSISTANT_PROMOTE_UP_TO):
+    if ORDER.index(state) > ORDER.index(settings.ASSISTANT_PROMOTE_UP_TO):
         return False
     return state == State.ACTIVE or not ModelVersion.objects.filter(state=state).exists()
 
@@ -152,11 +149,15 @@ def _holds(version: ModelVersion, kept: dict[str, Any]) -> bool:
 # -- one step --------------------------------------------------------------------------------------
 
 
+def _move(version: ModelVersion, to_state: str, **more: Any) -> None:
+    """With the share of conversations that settings give a canary. Raises: RegistryError."""
+    share = settings.ASSISTANT["CANARY"]["PERCENT"] if to_state == State.CANARY else 0
+    registry.move(version, to_state, canary_percent=share, **more)
+
+
 def _forced(version: ModelVersion, to_state: str, *, by: Any, why: str) -> Step:
     was = version.state
-    share = settings.ASSISTANT["CANARY"]["PERCENT"] if to_state == State.CANARY else 0
-    registry.move(version, to_state, by=by, why=f"{why}: no gate was asked", forced=True,
-                  canary_percent=share)  # fmt: skip
+    _move(version, to_state, by=by, why=f"{why}: no gate was asked", forced=True)
     return Step(version, None, (was, version.state))
 
 

@@ -199,11 +199,11 @@ def _read_results(name: str, source: Callable[[], Iterable[Reading]]) -> None:
     _told[name] = told
 
 
-def told_now(family: Metric) -> bool:
-    """Keep of a result's samples what was told when the sources were last read here; whether any
-    is left. Of several processes another may have told what is no longer so."""
-    told = {(gauge._name, labels) for every in _told.values() for gauge, labels in every}
+def still_holds(family: Metric) -> bool:
+    """Takes from a result's samples what was not told when the sources were last read here;
+    whether any is left. Of several processes another may have told what is no longer so."""
     if family.name in _RESULTS:
+        told = {(gauge._name, labels) for every in _told.values() for gauge, labels in every}
         family.samples = [
             sample
             for sample in family.samples

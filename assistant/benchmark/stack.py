@@ -46,16 +46,7 @@ _START_S, _ANSWER_S = 60.0, 60.0
 def whole_stack(model: Path, threads: int, sizes: Sizes) -> Measured:
     """``sizes.batch`` chats through WebSocket and database; the same questions, engine alone."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            "ASSISTANT_MODEL_DIR": str(model.resolve()),
-            "ASSISTANT_THREADS": str(threads),
-            "ASSISTANT_MAX_BATCH": str(sizes.batch),
-            "ASSISTANT_MAX_TURNS_PER_CALLER": str(sizes.batch),
-            # All sockets open in the same moment: none is to be turned away as a crowd.
-            "ASSISTANT_REQUESTS_AT_ONCE": str(sizes.batch),
-            "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(sizes.batch * (sizes.rounds + 1)),
-            "ASSISTANT_MAX_SOCKETS_PER_ADDRESS": str(sizes.batch * (sizes.rounds + 1)),
-        }
+        environment = _room(model, threads, sizes.batch, sizes.batch * (sizes.rounds + 1))
         with Server(Path(folder), **environment) as server:
             through = asyncio.run(_through(server, sizes))
     alone = _alone(model, threads, sizes)
@@ -78,21 +69,28 @@ def stack_readers(
     the same of the engine alone."""
 
     def level(count: int) -> Level:
-        environment = {
-            "ASSISTANT_MODEL_DIR": str(model.resolve()),
-            "ASSISTANT_THREADS": str(threads),
-            "ASSISTANT_MAX_BATCH": str(count),
+        environment = _room(model, threads, count, count + 1) | {
             "ASSISTANT_MAX_NEW_TOKENS": str(sizes.new_tokens),
             "ASSISTANT_READING_TOKENS_PER_S": f"{sizes.reading_tokens_per_s:.0f}",
-            "ASSISTANT_MAX_TURNS_PER_CALLER": str(count),
-            "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(count + 1),
-            "ASSISTANT_MAX_SOCKETS_PER_ADDRESS": str(count + 1),
-            "ASSISTANT_REQUESTS_AT_ONCE": str(count),  # who opens a socket is not turned away
         }
         with tempfile.TemporaryDirectory() as folder, Server(Path(folder), **environment) as server:
             return asyncio.run(_read_all(server, sizes, count)).level(count)
 
     return reading.curve("stack_readers", sizes, level, progress)
+
+
+def _room(model: Path, threads: int, chats: int, sockets: int) -> dict[str, str]:
+    """Settings under which so many chats of one visitor are all answered."""
+    return {
+        "ASSISTANT_MODEL_DIR": str(model.resolve()),
+        "ASSISTANT_THREADS": str(threads),
+        "ASSISTANT_MAX_BATCH": str(chats),
+        "ASSISTANT_MAX_TURNS_PER_CALLER": str(chats),
+        # Sockets may all open in the same moment: none is to be turned away as a crowd.
+        "ASSISTANT_REQUESTS_AT_ONCE": str(chats),
+        "ASSISTANT_MAX_SOCKETS_PER_CALLER": str(sockets),
+        "ASSISTANT_MAX_SOCKETS_PER_ADDRESS": str(sockets),
+    }
 
 
 @dataclass(slots=True)
