@@ -81,7 +81,8 @@ class Verdict:
 
     @property
     def suspect(self) -> str:
-        return max(self.banks, key=lambda name: STAKES[name] * self.banks[name])
+        """Where the bank won most: what was only staked and came back says nothing."""
+        return max(self.banks, key=lambda name: STAKES[name] * (self.banks[name] - 1))
 
 
 def judge(talks: Iterable[Talk]) -> Verdict:

@@ -125,6 +125,13 @@ def test_one_that_fails_at_once_is_found_by_its_first_conversations() -> None:
     assert sum(talk.canary for talk in said[:found]) <= 8
 
 
+def test_weak_evidence_is_named_and_not_the_largest_stake() -> None:
+    """A verdict may rest on little: then the stake on errors, which nobody saw, is worth more."""
+    banks = dict.fromkeys(betting.STAKES, 1.0) | {"degraded": 7.9}
+    verdict = betting.Verdict((1182, 146), 140, True, 1.44, 1.18, banks, {})
+    assert verdict.suspect == "degraded"
+
+
 def test_an_alarm_is_not_taken_back_by_what_comes_later() -> None:
     bad = talks(3, 3_000, errors=(0.02, 0.3))
     good = talks(4, 20_000, share=0.5, errors=(0.3, 0.0))

@@ -81,8 +81,9 @@ async def begin(folder: Path) -> ModelVersion:
         answer = await asked(at, "where is my parcel?")
         if answer.model == version.label:
             break
-    began = answer.created_at - canary.SETTLE
-    await version.changes.filter(to_state="canary").aupdate(at=began)
+    # it, and the active model too, have settled
+    await ModelVersion.objects.aupdate(changed_at=answer.created_at - canary.SETTLE)
+    await version.arefresh_from_db()
     return version
 
 
