@@ -62,7 +62,8 @@ FLOORS = {
     "row8": Floor(0.60, 1.02),
     "int4": Floor(0.40, 1.10),
 }
-#: Schemes by what a model is for, the best first.
+#: Schemes by what a model is for, the best first. No load ever chooses between builds: an answer
+#: must not depend on who else asks.
 PROFILES = {"throughput": ("static8", "row8"), "latency": ("int4", "row8")}
 #: The rotary tables lie in the file, so a model that could read 32k tokens is not built for them.
 _MOST_CONTEXT_TOKENS = 4096
