@@ -10,7 +10,7 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from importlib import import_module
 from inspect import iscoroutinefunction
@@ -26,6 +26,7 @@ from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponseBase
 from django.utils import timezone
 from django.utils.decorators import sync_and_async_middleware
+from django.utils.translation.trans_real import parse_accept_lang_header
 from knox.auth import TokenAuthentication as KnoxAuthentication
 from knox.crypto import hash_token
 from knox.models import AuthToken
@@ -136,9 +137,10 @@ class GuardedAdminLogin(GuardedLogin, AdminAuthenticationForm):
 def caller_of(request: Request) -> Caller:
     """The caller of an API request that ``HasCaller`` let through."""
     address = _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+    languages = _languages(request.headers)
     if request.user.is_authenticated:
-        return Caller(request.user.pk, address=address)
-    return Caller(None, str(request.auth), address)
+        return Caller(request.user.pk, address=address, languages=languages)
+    return Caller(None, str(request.auth), address, languages)
 
 
 def caller_of_page(request: HttpRequest) -> Caller | None:
@@ -191,7 +193,8 @@ def caller_of_socket(scope: Mapping[str, Any], said: Credential | None = None) -
     shown = said or credential_of_socket(scope)
     if shown is None:
         return None
-    return caller_by(shown, "chat", address_of_socket(scope))  # a socket is for chatting
+    caller = caller_by(shown, "chat", address_of_socket(scope))  # a socket is for chatting
+    return caller and replace(caller, languages=_languages(_headers_of(scope)))
 
 
 def caller_by(shown: Credential, needed: str, address: str = "") -> Caller | None:
@@ -237,6 +240,12 @@ def _caller_by_token(header: str, needed: str, address: str) -> Caller | None:
 
 def _address(peer: str, headers: Mapping[str, str]) -> str:
     return client_address(peer, headers.get("x-forwarded-for", ""))
+
+
+def _languages(headers: Mapping[str, str]) -> tuple[str, ...]:
+    """What they read, the most welcome first; nothing where the header is malformed."""
+    said = parse_accept_lang_header(headers.get("accept-language", ""))
+    return tuple(language for language, _ in said if language != "*")
 
 
 class BodyTooLarge(exceptions.APIException):

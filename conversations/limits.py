@@ -33,6 +33,8 @@ class Caller:
     user_id: int | None
     session_key: str = ""
     address: str = ""
+    #: What they read, as their browser says it: ``de-at``; empty where nothing was said.
+    languages: tuple[str, ...] = field(default=(), compare=False)
     #: Where they stood when they were last counted, for the reply's headers.
     standings: list[Standing] = field(default_factory=list, compare=False, repr=False)
 

@@ -149,7 +149,8 @@ def _ask_of(caller: Caller, said: Said, params: types.Params) -> Ask:
     messages = history.fit(said.earlier, said.question, budget_tokens=budget, count=count)
     if said.whole and len(messages) < 2 * len(said.earlier) + 1:
         raise ContextTooLong("The conversation is too long to be read whole. Shorten it.")
-    return Ask((*system, *messages), params, answers.known())
+    told = (*system, *messages)
+    return Ask(told, params, answers.known(), languages=caller.languages)
 
 
 def _system(text: str, budget: int, count: Callable[[str], int]) -> list[types.Message]:

@@ -44,6 +44,8 @@ Ending = Literal["complete", "stopped", "interrupted", "failed"]
 
 #: An answer is bounded by its tokens; this bounds the log even if a backend forgets.
 MAX_ANSWER_CHARS = 64_000
+#: Beyond the longest time of an answer, for what is known to end it.
+LAST_WORDS_S = 5.0
 #: How long a process that ends waits for the last save.
 LAST_SAVE_S = 5.0
 #: A save is tried again after these pauses; a database restart fits in between.
@@ -356,7 +358,8 @@ class Turn:
             await asyncio.shield(finishing)
 
     async def _write(self) -> None:
-        async with asyncio.timeout(settings.ASSISTANT["REQUEST_TIMEOUT_S"]):
+        most = settings.ASSISTANT["REQUEST_TIMEOUT_S"] + LAST_WORDS_S
+        async with asyncio.timeout(most):
             async with aclosing(cast(Any, route(self._ask))) as events:
                 async for event in events:
                     self._take(event)

@@ -116,18 +116,23 @@ class Book(Sequence[RuleText]):
         return len(self._rules)
 
     def rank(
-        self, question: str, *, now: datetime | None = None, language: str = "", most: int = 8
+        self,
+        question: str,
+        *,
+        now: datetime | None = None,
+        languages: Sequence[str] = (),
+        most: int = 8,
     ) -> list[Ranked]:
         """The rules that something speaks for, the surest first.
 
-        ``now``: leave out rules whose time it is not. ``language``: leave out rules of others.
+        ``now``: leave out rules whose time it is not. ``languages``: leave out rules of others.
         """
         found = self._evidence(question[:MAX_QUESTION_CHARS])
         fitting = [
             (self._rules[at], evidence)
             for at, evidence in found.items()
             if (now is None or self._rules[at].answers_at(now))
-            and (not language or self._rules[at].language in ("", language))
+            and self._rules[at].speaks(languages)
         ]
         fitting.sort(key=_order)
         return [Ranked(rule, one.score, one.reasons()) for rule, one in fitting[:most]]
@@ -154,18 +159,12 @@ def _order(found: tuple[RuleText, _Evidence]) -> tuple[float, ...]:
     return (-round(evidence.score), -rule.priority, -evidence.learned, -evidence.length)
 
 
-def match(
-    question: str,
-    rules: Sequence[RuleText],
-    *,
-    score: float,
-    now: datetime | None = None,
-    language: str = "",
-) -> RuleText | None:
-    """The rule that answers the question, if one is at least that sure; compiles unless a Book."""
+def sure(
+    question: str, rules: Sequence[RuleText], *, score: float, now: datetime | None = None
+) -> list[Ranked]:
+    """All rules that are at least that sure, the surest first; compiles unless a Book."""
     book = rules if isinstance(rules, Book) else Book(rules)
-    best = book.rank(question, now=now, language=language, most=1)
-    return best[0].rule if best and best[0].is_sure(score) else None
+    return [one for one in book.rank(question, now=now, most=len(book)) if one.is_sure(score)]
 
 
 # --- Tests that rules carry ----------------------------------------------------------------------
@@ -198,12 +197,13 @@ def check(book: Book, *, score: float, only: str = "") -> list[Failure]:
 
 
 def _check(book: Book, rule: RuleText, score: float) -> Iterator[Failure]:
+    languages = (rule.language,) if rule.language else ()
     for wanted, sentences in ((True, rule.must_match), (False, rule.must_not_match)):
         for sentence in sentences:
-            best = next(iter(book.rank(sentence, language=rule.language, most=1)), None)
-            sure = best if best is not None and best.is_sure(score) else None
-            if (sure is not None and sure.rule is rule) is not wanted:
-                name = sure.rule.name if sure is not None else ""
+            best = next(iter(book.rank(sentence, languages=languages, most=1)), None)
+            first = best if best is not None and best.is_sure(score) else None
+            if (first is not None and first.rule is rule) is not wanted:
+                name = first.rule.name if first is not None else ""
                 reached = best.score if best is not None else 0.0
                 yield Failure(rule.name, sentence, wanted, name, reached)
 

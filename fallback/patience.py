@@ -8,6 +8,7 @@ and takes what is known once it is over.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
@@ -53,11 +54,16 @@ class Patience:
 
 
 async def in_time(
-    events: AsyncIterator[Event], patience: Patience, idle_s: float = Backend.idle_s
+    events: AsyncIterator[Event],
+    patience: Patience,
+    idle_s: float = Backend.idle_s,
+    until: float = math.inf,
 ) -> AsyncIterator[Event]:
     """The events. Before the first delta: Hurried, and TimeoutError if that takes longer than
-    settings allow; later TimeoutError where nothing comes for ``idle_s``."""
-    deadline = asyncio.get_running_loop().time() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"]
+    settings allow; later TimeoutError where nothing comes for ``idle_s``; and at ``until``, of the
+    loop's clock, in any case."""
+    clock = asyncio.get_running_loop().time
+    first = min(until, clock() + settings.ASSISTANT["FIRST_TOKEN_TIMEOUT_S"])
     shown = False
     async with aclosing(cast(Any, events)):
 
@@ -66,10 +72,10 @@ async def in_time(
 
         while True:
             if shown:
-                async with asyncio.timeout(idle_s):
+                async with asyncio.timeout_at(min(until, clock() + idle_s)):
                     event = await another()
             else:
-                event = await patience.wait(another, deadline)
+                event = await patience.wait(another, first)
             if event is None:
                 return
             shown = shown or isinstance(event, Delta)

@@ -8,8 +8,9 @@ the ``Ask``.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,7 +26,7 @@ from assistant.types import Delta, Event, Finished, Message, Params, Started, Us
 from fallback import breaker, cache, quarantine
 from fallback.answers import Known
 from fallback.budget import BudgetSpent
-from fallback.matching import match
+from fallback.matching import sure
 from fallback.patience import Hurried, Patience, in_time
 from fallback.policy import Policy, policy
 from fallback.rules import Button, RuleText
@@ -57,6 +58,8 @@ class Ask:
     params: Params
     known: Known
     steps: tuple[str, ...] = ()
+    #: What the asker reads, as browsers say it, in lower case; empty: unknown.
+    languages: tuple[str, ...] = ()
     #: Over: nothing is waited for any more, what is known answers.
     patience: Patience = field(default_factory=Patience, compare=False)
 
@@ -103,6 +106,8 @@ class _Way:
     ask: Ask
     steps: tuple[str, ...]
     stack: AsyncExitStack
+    #: When a model has had its time, by the loop's clock; what is known comes at any time.
+    until: float
     reason: str = ""
     shown: bool = False
     flight: cache.Flight | None = None
@@ -117,7 +122,8 @@ async def route(ask: Ask) -> Events:
     Raises: InvalidRequest, and AssistantError from a model that was asked for alone.
     """
     async with AsyncExitStack() as stack:
-        way = _Way(ask, ask.steps or ask.policy.steps, stack)
+        until = asyncio.get_running_loop().time() + settings.ASSISTANT["REQUEST_TIMEOUT_S"]
+        way = _Way(ask, ask.steps or ask.policy.steps, stack, until)
         for step in (*way.steps, "human"):
             try:
                 async with aclosing(cast(Any, _step(step, way))) as events:
@@ -217,16 +223,29 @@ def _by_person(way: _Way) -> list[Routed | Event]:
 
 
 def _rule(ask: Ask) -> RuleText | None:
-    score = ask.policy.rule_score
-    return match(ask.question, ask.known.rules, score=score, now=timezone.now())
+    """The surest; of equals one in the language they like best, if any is in one they read."""
+    found = sure(ask.question, ask.known.rules, score=ask.policy.rule_score, now=timezone.now())
+    best = [one.rule for one in found if round(one.score) == round(found[0].score)]
+    return _liked(best, ask)
+
+
+def _liked(rules: Sequence[RuleText], ask: Ask) -> RuleText | None:
+    """People ask in more languages than their browser says: one in none of them is better than
+    silence."""
+    return min(rules, key=lambda rule: rule.place_in(ask.languages), default=None)
 
 
 def rule_for_person(ask: Ask, started: Started) -> RuleText | None:
     """What staff say to who wants a person: a model cannot know that one is being asked."""
     if not _wants_person(started):
         return None
-    rules = (rule for rule in ask.known.rules if rule.hand_over and rule.intent == started.intent)
-    return next((rule for rule in rules if rule.answers_at(timezone.now())), None)
+    now = timezone.now()
+    rules = [
+        rule
+        for rule in ask.known.rules
+        if rule.hand_over and rule.intent == started.intent and rule.answers_at(now)
+    ]
+    return _liked(rules, ask)
 
 
 def _wants_person(started: Started) -> bool:
@@ -257,7 +276,8 @@ async def _model(alias: str, way: _Way) -> Events:
         raise _HandOn("hurry")
     try:
         backend = backends.get(alias)
-        stream = in_time(guarded(backend, way.ask), way.ask.patience, backend.idle_s)
+        guard = guarded(backend, way.ask)
+        stream = in_time(guard, way.ask.patience, backend.idle_s, way.until)
         async with aclosing(cast(Any, stream)) as events:
             async for event in _judged(backend.route, events, way, alone=alone):
                 way.shown = way.shown or isinstance(event, Delta)

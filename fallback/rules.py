@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -58,6 +59,17 @@ class RuleText:
     hand_over: bool = False
     must_match: tuple[str, ...] = ()
     must_not_match: tuple[str, ...] = ()
+
+    def speaks(self, languages: Sequence[str]) -> bool:
+        """Whether it is for readers of one of these; for anybody where none is named."""
+        return not languages or self.place_in(languages) < len(languages)
+
+    def place_in(self, languages: Sequence[str]) -> int:
+        """Where the first of them stands that it is written in: ``de`` is, of ``("fr", "de-at")``,
+        second (1). Without a language it is for all (0)."""
+        own = self.language.lower()
+        read = (at for at, said in enumerate(languages) if f"{said}-".startswith(f"{own}-"))
+        return next(read, len(languages)) if own else 0
 
     def answers_at(self, now: datetime) -> bool:
         return (self.starts is None or self.starts <= now) and (

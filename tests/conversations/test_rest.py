@@ -11,6 +11,7 @@ from django.test import Client
 
 from conversations import turn
 from conversations.models import Conversation, Message
+from fallback.models import Rule
 from tests.conversations.conftest import API, Api, assert_problem
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -362,6 +363,23 @@ def test_an_answer_of_another_process_is_stopped_through_its_row(api, conversati
     )
     reply = api("POST", f"/api/v1/messages/{answer.pk}/cancel/")
     assert (reply.status_code, reply.json()["status"]) == (202, "stopped")
+
+
+@pytest.mark.parametrize("read", ["de-AT,de;q=0.9,en;q=0.5", "DE", "fr,de;q=0.1", "*", ";;q=x"])
+def test_a_rule_speaks_the_language_of_the_request(read, api, conversation):
+    for at, language in enumerate(("de", "en")):
+        Rule.objects.create(
+            name=language,
+            language=language,
+            patterns=["merci"],
+            answer=f"In {language}.",
+            priority=at,
+        )
+    asked = {"text": "/echo fail=unavailable merci"}
+    api.headers["Accept-Language"] = read
+    told = api("POST", messages_of(conversation), asked).json()
+    wanted = "In de." if "de" in read.lower() else "In en."
+    assert told["text"] == wanted
 
 
 def test_addresses_under_the_api_that_do_not_exist_get_a_problem(db):

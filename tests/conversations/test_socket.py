@@ -16,6 +16,7 @@ from conversations import turn
 from conversations.consumers import ChatConsumer
 from conversations.models import Conversation, Message
 from conversations.running import running
+from fallback.models import Rule
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -335,6 +336,25 @@ async def test_an_api_client_opens_a_socket_with_its_token(conversation, ana, to
     await socket.send_to(text_data='{"type": "ping"}')
     assert json.loads(await socket.receive_from()) == {"type": "pong"}
     await socket.disconnect()
+
+
+async def test_a_rule_speaks_the_language_of_the_browser(conversation, ana, cookie_of):
+    for at, language in enumerate(("de", "en")):
+        await Rule.objects.acreate(
+            name=language,
+            language=language,
+            patterns=["merci"],
+            answer=f"In {language}.",
+            priority=at,
+        )
+    cookie = await sync_to_async(cookie_of)(ana)
+    for read, answer in ((b"de-AT,de;q=0.9,en;q=0.5", "In de."), (b"en", "In en.")):
+        chat = Chat(conversation, cookie)
+        chat.socket.scope["headers"].append((b"accept-language", read))
+        async with chat:
+            await chat.send(type="message.create", text="/echo fail=unavailable merci")
+            told = await chat.until("message.completed", "message.failed")
+        assert told[-1]["message"]["text"] == answer
 
 
 @pytest.mark.parametrize("given", [b"req-7", b"no\tid", b""])

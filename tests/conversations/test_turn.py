@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from django.db import OperationalError
 from django.utils import timezone
 
 from assistant.errors import Conflict, InvalidRequest, NotFound, RateLimited
+from assistant.types import Delta as Shown
 from conversations import opening
 from conversations import turn as turns
 from conversations.limits import Caller
@@ -24,6 +26,7 @@ from conversations.running import running
 from conversations.tasks import reap_stale_turns
 from conversations.turn import Turn, TurnRecord
 from fallback.models import ReviewedAnswer, Rule
+from fallback.router import INTERRUPTED, Ask, route
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -200,13 +203,32 @@ async def stored_as_ended(turn: Turn) -> Message:
     raise AssertionError("never stored")
 
 
-async def test_an_answer_that_takes_too_long_is_cut_off_and_kept(opened, settings):
+async def test_an_answer_that_takes_too_long_is_ended_by_what_is_known(opened, settings):
     settings.ASSISTANT = {**settings.ASSISTANT, "REQUEST_TIMEOUT_S": 0.2}
     turn = await opened("/echo hang=2 one two three")
     events = [event async for event in turn]
+    assert isinstance(events[-1], Completed)
+    message = await stored(turn)
+    written, _, known = message.text.partition(INTERRUPTED)
+    assert (message.status, message.degraded_reason, written) == ("complete", "timeout", "one two")
+    assert message.route in {"rules", "human"} and known
+
+
+async def test_a_way_that_never_ends_is_cut_off_and_kept(opened, settings, monkeypatch):
+    async def endless(ask: Ask) -> Any:
+        async for event in route(replace(ask, steps=("echo",))):
+            yield event
+            if isinstance(event, Shown):
+                await asyncio.Event().wait()
+
+    settings.ASSISTANT = {**settings.ASSISTANT, "REQUEST_TIMEOUT_S": 0.1}
+    monkeypatch.setattr(turns, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(turns, "route", endless)
+    turn = await opened("one two three")
+    events = [event async for event in turn]
     assert isinstance(events[-1], Failed)
     message = await stored(turn)
-    assert (message.status, message.text) == ("failed", "one two")
+    assert (message.status, message.text) == ("failed", "one")
     assert message.error_code == "generation_failed"
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fallback.matching import MAX_QUESTION_CHARS, Book, check, keyword_words, match
+from fallback.matching import MAX_QUESTION_CHARS, Book, check, keyword_words
 from fallback.rules import RuleText, fault_of, likeness
 
 NOW = datetime(2026, 12, 24, 12, tzinfo=UTC)
@@ -19,8 +19,8 @@ REFUND = RuleText("refund", (), "c", "get_refund", knows_intent=True)
 
 
 def named(question: str, *rules: RuleText, **more: object) -> str | None:
-    found = match(question, Book(rules), score=70, **more)  # type: ignore[arg-type]
-    return found.name if found else None
+    best = next(iter(Book(rules).rank(question, **more)), None)  # type: ignore[arg-type]
+    return best.rule.name if best and best.is_sure(70) else None
 
 
 # --- Expressions ---------------------------------------------------------------------------------
@@ -142,8 +142,10 @@ def test_a_rule_answers_in_its_time_only():
 def test_rules_of_another_language_are_left_out_if_the_language_is_known():
     german = RuleText("stornieren", ("bestellung stornieren",), "a", language="de")
     assert named("Bestellung stornieren", german) == "stornieren"
-    assert named("Bestellung stornieren", german, language="en") is None
-    assert named("Bestellung stornieren", replace(german, language=""), language="en")
+    assert named("Bestellung stornieren", german, languages=("en",)) is None
+    assert named("Bestellung stornieren", replace(german, language=""), languages=("en",))
+    assert named("Bestellung stornieren", german, languages=("en", "de-at")) == "stornieren"
+    assert named("Bestellung stornieren", german, languages=("deu",)) is None
 
 
 # --- Order, reasons, bounds ----------------------------------------------------------------------

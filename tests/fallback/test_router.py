@@ -122,6 +122,54 @@ async def test_a_model_that_falls_silent_is_continued_and_marked(
         await events_of(ask("cancel my order", steps=("echo",)))
 
 
+async def test_a_model_that_writes_on_and_on_is_ended_by_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.ASSISTANT = {**settings.ASSISTANT, "REQUEST_TIMEOUT_S": 0.2}
+    question = ask("/echo delay=0.02 words=1000 cancel my order")
+    async with asyncio.timeout(5):
+        events = await events_of(question)
+    assert routes_of(events) == [Routed("model"), Routed("rules", "timeout")]
+    written, _, sure = text_of(events).partition(INTERRUPTED)
+    assert written.startswith("cancel my order") and sure == "Write to our support e-mail address."
+
+
+@pytest.mark.parametrize(
+    ("languages", "answer"),
+    [
+        (("de-at", "en"), "Bitte."),
+        (("en-gb",), "You are welcome."),
+        ((), "You are welcome."),
+        (("fr",), "You are welcome."),
+    ],
+)
+async def test_a_rule_in_a_language_they_read_comes_first(
+    languages: tuple[str, ...], answer: str
+) -> None:
+    english = RuleText("en", ("merci",), "You are welcome.", language="en", priority=1)
+    german = RuleText("de", ("merci",), "Bitte.", language="de")
+    known = Known((german, english), {})
+    asked = replace(ask("merci", steps=("rules",)), known=known, languages=languages)
+    assert text_of(await events_of(asked)) == answer
+
+
+async def test_a_rule_that_is_surer_comes_before_one_in_their_language() -> None:
+    english = RuleText("en", ("cancel my order",), "Cancelled.", language="en")
+    german = RuleText("de", ("cancel my orders now",), "Storniert.", language="de")
+    known = Known((german, english), {}, policy=policy({"rule_score": 60.0}))
+    asked = replace(ask("cancel my order", steps=("rules",)), known=known, languages=("de",))
+    assert text_of(await events_of(asked)) == "Cancelled."
+
+
+async def test_who_wants_a_person_is_told_so_in_a_language_they_read(writing, settings):
+    settings.ASSISTANT = {**settings.ASSISTANT, "HAND_OVER_INTENTS": ["cancel_order"]}
+    english = RuleText("en", (), "I've asked.", "cancel_order", hand_over=True, language="en")
+    german = RuleText("de", (), "Ich frage.", "cancel_order", hand_over=True, language="de")
+    asked = replace(ask("a person please"), known=Known((english, german), {}))
+    for languages, told in (((), "I've asked."), (("de",), "Ich frage."), (("fr",), "I've asked.")):
+        assert text_of(await events_of(replace(asked, languages=languages))) == told
+
+
 async def test_a_failure_of_a_model_asked_for_alone_is_raised_after_its_text():
     seen: list[Any] = []
     with pytest.raises(GenerationFailed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fallback.matching import match
+from fallback.matching import sure
 from fallback.rules import RuleText, normalise
 
 RULES = [
@@ -15,8 +15,8 @@ RULES = [
 
 
 def asked(question: str) -> str | None:
-    found = match(question, RULES, score=70.0)
-    return found.name if found else None
+    found = sure(question, RULES, score=70.0)
+    return found[0].rule.name if found else None
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_between_equal_matches_the_higher_priority_wins():
     low = RuleText("low", ("cancel my order",), "a", priority=1)
     high = RuleText("high", ("cancel my order",), "b", priority=2)
     for rules in ([low, high], [high, low]):
-        found = match("cancel my order", rules, score=70.0)
-        assert found is not None and found.name == "high"
+        found = sure("cancel my order", rules, score=70.0)
+        assert [one.rule for one in found] == [high, low]
 
 
 def test_a_negative_priority_still_answers():
     rule = RuleText("only", ("cancel my order",), "a", priority=-5)
-    assert match("cancel my order", [rule], score=100.0) is rule
+    assert [one.rule for one in sure("cancel my order", [rule], score=100.0)] == [rule]
 
 
 def test_normalising_keeps_words_and_nothing_else():
