@@ -177,24 +177,31 @@ class Rule(models.Model):
             raise ValidationError(faults)
 
     def text(self) -> RuleText:
-        """The rule as the matcher takes it."""
+        """The rule as the matcher takes it. Raises: TypeError, KeyError for what is no rule."""
         return RuleText(
             name=self.name,
-            patterns=tuple(self.patterns),
+            patterns=_words(self.patterns),
             answer=self.answer,
             intent=self.intent,
             priority=self.priority,
-            keywords=tuple(self.keywords),
-            examples=tuple(self.examples),
+            keywords=_words(self.keywords),
+            examples=_words(self.examples),
             knows_intent=self.knows_intent,
             language=self.language,
             starts=self.active_from,
             ends=self.active_until,
             buttons=tuple(Button(one["label"], one["text"]) for one in self.buttons),
             hand_over=self.hand_over,
-            must_match=tuple(self.must_match),
-            must_not_match=tuple(self.must_not_match),
+            must_match=_words(self.must_match),
+            must_not_match=_words(self.must_not_match),
         )
+
+
+def _words(stored: Any) -> tuple[str, ...]:
+    """Raises: TypeError for what is no list of texts, as a fixture may bring."""
+    if not isinstance(stored, (list, tuple)) or not all(isinstance(one, str) for one in stored):
+        raise TypeError(f"a list of texts, not {type(stored).__name__}")
+    return tuple(stored)
 
 
 class ReviewedAnswer(models.Model):

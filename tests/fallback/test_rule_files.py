@@ -158,13 +158,19 @@ def test_check_rules_passes_or_names_each_failure_and_ends_with_status_1(shipped
 
 
 def test_a_rule_that_came_unchecked_silences_no_other_and_is_named(shipped):
-    for pk, wrong in ((1001, {"patterns": ["/(/"]}), (1002, {"buttons": [{"label": "x"}]})):
-        Rule.objects.filter(pk=pk).update(**wrong)
-    assert len(rulebook.current()) == 36
+    wrong = [
+        {"patterns": ["/(/"]},  # of this one the rest is read
+        {"buttons": [{"label": "x"}]},
+        {"keywords": [7]},
+        {"examples": "a text and no list"},
+    ]
+    for pk, changed in enumerate(wrong, 1001):
+        Rule.objects.filter(pk=pk).update(**changed)
+    assert len(rulebook.current()) == 34
     found = rulebook.current().rank("I want to change my shipping address")
     assert found[0].score >= 60
     out = io.StringIO()
-    with pytest.raises(CommandError, match=r"^2 faults of rules"):
+    with pytest.raises(CommandError, match=r"^4 faults of rules"):
         call_command("check_rules", stdout=out)
     assert "patterns: The expression /(/ cannot be used" in out.getvalue()
     assert "buttons: A button is written as" in out.getvalue()
