@@ -643,7 +643,9 @@ ASSISTANT: dict[str, Any] = {
         "ASSISTANT_FIRST_TOKEN_TIMEOUT_S", 5, "Wait for the model's first word before rules answer."
     ),
     "REQUEST_TIMEOUT_S": env_seconds(
-        "ASSISTANT_REQUEST_TIMEOUT_S", 60, "Longest time for one answer; then what is known ends it."
+        "ASSISTANT_REQUEST_TIMEOUT_S",
+        60,
+        "Longest time of one answer; what is known ends it.",
     ),
     # Long enough for a page reload to attach again, short enough to free the slot within 500 ms.
     "ABANDON_GRACE_S": env_seconds(

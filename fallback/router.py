@@ -236,7 +236,12 @@ def _liked(rules: Sequence[RuleText], ask: Ask) -> RuleText | None:
 
 
 def rule_for_person(ask: Ask, started: Started) -> RuleText | None:
-    """What staff say to who wants a person: a model cannot know that one is being asked."""
+    """What staff say to who wants a person: a model cannot know that one is being asked.
+
+    Where the model knows no intents, as a larger one elsewhere, rules say who wants one."""
+    if started.intent is None:
+        rule = _rule(ask)
+        return rule if rule is not None and rule.hand_over else None
     if not _wants_person(started):
         return None
     now = timezone.now()

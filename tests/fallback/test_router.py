@@ -414,6 +414,32 @@ async def test_who_asks_a_model_for_a_person_gets_its_answer_and_a_person(writin
     assert (await events_of(ask("weather please")))[0] == Routed("model", "out_of_scope")
 
 
+async def test_rules_say_who_wants_a_person_where_the_model_knows_no_intents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router.backends, "get", lambda alias: Larger("echo", Larger.Options()))
+    person = RuleText("person", ("talk to a person",), "I've asked one.", "human", hand_over=True)
+    known = Known((*KNOWN.rules, person), {}, policy=policy({"rule_score": 60.0}))
+    wanted = replace(ask("talk to a person"), known=known)
+    events = await events_of(wanted)
+    assert events[0] == Routed("rules", hand_over=True) and text_of(events) == "I've asked one."
+    for text in ("cancel my order", "a person told me to ask you about the tides"):
+        assert routes_of(await events_of(replace(wanted, messages=ask(text).messages))) == [
+            Routed("model")
+        ]
+    alone = replace(wanted, steps=("echo",))
+    assert text_of(await events_of(alone)) == "from elsewhere"
+
+
+class Larger(EchoBackend):
+    """Names no intent, as servers of the OpenAI dialect."""
+
+    async def stream(self, *args: Any) -> Any:
+        yield Started("larger")
+        yield Delta("from elsewhere")
+        yield Finished("stop", Usage(1, 2))
+
+
 async def test_everybody_who_wants_a_person_gets_one_not_only_who_asks_first(
     writing: Writing, settings: Any
 ) -> None:
