@@ -139,6 +139,7 @@ COMMANDS = {
     "uvicorn": [
         *("uvicorn", "--port", "{port}", "--timeout-graceful-shutdown", "5"),
         *("--no-proxy-headers", "--no-server-header", "--ws-max-size", "65536"),
+        *("--ws", "config.sockets:BoundedSockets"),
     ],
     "daphne": ["daphne", "-p", "{port}"],
 }
