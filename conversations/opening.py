@@ -183,14 +183,15 @@ def _user(caller: Caller) -> Any:
 
 
 def _measure(params: types.Params) -> tuple[Callable[[str], int], int]:
-    """How the answering backend counts, and what it can read beside the answer."""
+    """How the answering backend counts, and what it can read beside the answer, which gets no more
+    than half of its context: a longer one ends where the context does."""
     alias = backends.answering()
     if alias is not None:
         try:
             backend = backends.get(alias)
-            budget = backend.context_tokens() - params.max_new_tokens
+            room = backend.context_tokens()
             backend.count_tokens("")
-            return backend.count_tokens, budget
+            return backend.count_tokens, room - min(params.max_new_tokens, room // 2)
         except AssistantError:
             pass  # no model: rules answer, and they read only the question
     return (lambda text: len(text) // 3 + 1), settings.ASSISTANT_MAX_TEXT_CHARS

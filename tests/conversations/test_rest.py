@@ -278,6 +278,13 @@ def test_the_longest_text_is_read_and_one_too_long_for_the_model_is_named(api, c
     assert_problem(api("POST", path, {"text": "x " * 1_500}), 400, "context_too_long")
 
 
+def test_answers_may_be_set_longer_than_the_model_reads(api, conversation, settings):
+    settings.ASSISTANT = {**settings.ASSISTANT, "MAX_NEW_TOKENS": 10_000}
+    path = messages_of(conversation)
+    assert api("POST", path, {"text": "x " * 400}).json()["status"] == "complete"
+    assert_problem(api("POST", path, {"text": "x " * 600}), 400, "context_too_long")
+
+
 BAD_IDS = [
     "5",
     "nonsense",
