@@ -440,7 +440,9 @@ else:
 
 RATELIMIT_USE_CACHE = "ratelimit"
 ASSISTANT_RATE = env_rate(
-    "ASSISTANT_RATE", "20/m", "Questions per caller and period (s, m, h, d), or off."
+    "ASSISTANT_RATE",
+    "20/m",
+    "Questions per caller and period (s, m, h, d), or off; as many new conversations.",
 )
 # Off by default: 20 questions of at most ASSISTANT_CONTEXT_TOKENS bound a minute's tokens already.
 ASSISTANT_TOKENS_PER_MINUTE = env_whole(

@@ -146,6 +146,19 @@ def counts_tokens() -> bool:
     return bool(_token_limits())
 
 
+def take_conversation(caller: Caller) -> None:
+    """Count one new conversation; they may be as many as questions, and are counted apart. Sync.
+
+    Raises: TooMany.
+    """
+    rate = settings.ASSISTANT_RATE
+    if rate is None:
+        return
+    standing = counting.take(limit_of("conversations", rate), caller.rate_key)
+    if standing.refused:
+        raise _too_many("conversations", _refusal(standing), [standing])
+
+
 def take_login(address: str) -> None:
     """Count one try to sign in, by address: nobody locks others out. Raises: TooMany."""
     rate = settings.ASSISTANT_LOGIN_RATE
@@ -178,6 +191,8 @@ def _refusal(standing: Standing) -> str:
             return f"Too many tries to sign in. Wait {standing.reset_s} s."
         case "chat":
             return f"Too many questions: at most {standing.quota:,} {per}. {again}"
+        case "conversations":
+            return f"Too many new conversations: at most {standing.quota:,} {per}. {again}"
     return f"Your answers have used the {standing.quota:,} tokens you have {per}. {again}"
 
 

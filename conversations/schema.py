@@ -182,7 +182,8 @@ class Problem(serializers.Serializer[Any]):
 class Operation:
     """What an operation takes and gives, and ``also`` in other media types than JSON.
 
-    Serializers, or JSON Schema. ``asks``: an answer is written, so more can go wrong.
+    Serializers, or JSON Schema. ``asks``: an answer is written, so more can go wrong;
+    ``counted``: how often is limited.
     """
 
     summary: str
@@ -190,6 +191,7 @@ class Operation:
     takes: type[serializers.Serializer[Any]] | openai_schema.Schema | None = None
     query: tuple[Any, ...] = ()
     asks: bool = False
+    counted: bool = False
     also: tuple[str, ...] = ()
     status: int = 200
 
@@ -227,7 +229,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         query=(inputs.ConversationQuery, _choice("ordering", *_ORDERS), *_PAGED),
     ),
     ("Conversations", "POST"): Operation(
-        "A new conversation", Conversation, inputs.NewConversationBody, status=201
+        "A new conversation", Conversation, inputs.NewConversationBody, status=201, counted=True
     ),
     ("ConversationDetail", "GET"): Operation("One conversation", Conversation),
     ("ConversationDetail", "PATCH"): Operation("Another title", Conversation, inputs.TitleBody),
@@ -371,7 +373,7 @@ class TableSchema(AutoSchema):
         body = [400, 413, 415] if operation.takes else []
         query = [400] if operation.query else []
         absent = [404] if self._names_something else []
-        more = [429, 503] if operation.asks else []
+        more = [429, 503] if operation.asks else [429] if operation.counted else []
         busy = [409] if operation.asks and not self.path.startswith("/v1/") else []
         other = [422] if _ONCE in operation.query else []
         return sorted({401, 403, *body, *query, *absent, *more, *busy, *other})

@@ -57,7 +57,7 @@ from conversations.inputs import (
     TitleBody,
     valid,
 )
-from conversations.limits import Caller
+from conversations.limits import Caller, take_conversation
 from conversations.log import Completed, Failed, TurnEvent
 from conversations.logins import WhileSignedIn
 from conversations.models import Conversation, Feedback, Message, note_siblings
@@ -150,6 +150,7 @@ class Conversations(Polled):
     def post(self, request: Request) -> Response:
         data = valid(NewConversationBody(data=request.data))
         caller = caller_of(request)
+        take_conversation(caller)
         created = Conversation.objects.create(
             user_id=caller.user_id, session_key=caller.session_key, title=data.get("title", "")
         )

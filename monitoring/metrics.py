@@ -40,7 +40,10 @@ OUTCOMES = ("ok", "error", "cancelled", "rejected")
 #: Why somebody else answered than the first on the route.
 FALLBACK_REASONS = ("low_confidence", "overload", "timeout", "breaker_open", "error", "hurry")
 REASONS = (*FALLBACK_REASONS, "caution", "out_of_scope")
-LIMITS = ("chat", "tokens-minute", "tokens-day", "login", "turns", "sockets", "requests")
+LIMITS = (
+    *("chat", "conversations", "tokens-minute", "tokens-day"),
+    *("login", "turns", "sockets", "requests"),
+)
 #: Different names of models in labels; more are shown as ``other``.
 MOST_MODELS = 30
 

@@ -458,3 +458,19 @@ def test_the_standing_is_the_callers_own_and_no_part_of_who_they_are():
     assert one == two and hash(one) == hash(two) and two.standings == []
     assert "standings" not in repr(one)
     assert json.dumps(one.key)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_new_conversations_are_counted_apart_from_questions(api, settings):
+    settings.ASSISTANT_RATE = "2/h"
+    first, second = (api("POST", API, {}) for _ in range(2))
+    assert [first.status_code, second.status_code] == [201, 201]
+    refused = api("POST", API, {})
+    assert_problem(refused, 429, "rate_limited")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert "new conversations: at most 2 per hour" in refused.json()["detail"]
+    assert Conversation.objects.count() == 2
+    asked = api("POST", f"{API}{first.json()['id']}/messages/", {"text": "hello"})
+    assert asked.status_code == 200
+    settings.ASSISTANT_RATE = None
+    assert api("POST", API, {}).status_code == 201
