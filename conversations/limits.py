@@ -146,14 +146,9 @@ def counts_tokens() -> bool:
     return bool(_token_limits())
 
 
-def take_login(address: str) -> None:
-    """Count one try to sign in, by address: nobody locks others out. Raises: TooMany."""
-    rate = settings.ASSISTANT_LOGIN_RATE
-    if rate is None:
-        return
-    standing = counting.take(limit_of("login", rate), f"login:{address}")
-    if standing.refused:
-        raise _too_many("login", _refusal(standing), [standing])
+def login_refused(wait_s: int) -> str:
+    """What an address that failed to sign in too often is told; observers hear of it."""
+    return _too_many("login", f"Too many tries to sign in. Wait {wait_s} s.").message
 
 
 def _too_many(scope: str, message: str, standings: Sequence[Standing] = ()) -> TooMany:
@@ -173,11 +168,8 @@ def _refusal(standing: Standing) -> str:
     """What happened and when it passes; ``quota`` is a quarter while the cache is away."""
     again = f"Try again in {standing.reset_s} s."
     per = _period(standing.limit.window_s)
-    match standing.limit.name:
-        case "login":
-            return f"Too many tries to sign in. Wait {standing.reset_s} s."
-        case "chat":
-            return f"Too many questions: at most {standing.quota:,} {per}. {again}"
+    if standing.limit.name == "chat":
+        return f"Too many questions: at most {standing.quota:,} {per}. {again}"
     return f"Your answers have used the {standing.quota:,} tokens you have {per}. {again}"
 
 
