@@ -12,12 +12,14 @@ from axes.models import AccessAttempt, AccessFailureLog, AccessLog
 from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connection
+from django.db.backends.utils import CursorWrapper
 from django.db.models import F
 from django.test import Client
 
 from conversations import limits
 from conversations.tasks import forget_failed_tries
 from tests.conftest import PASSWORD
+from tests.conversations.conftest import API
 
 pytestmark = pytest.mark.django_db
 
@@ -201,3 +203,18 @@ def test_one_command_lets_an_address_try_again(sam, settings):
     assert [tried(), tried()] == [200, 429]
     call_command("axes_reset_ip", "192.0.2.1")
     assert tried(form=RIGHT) == 302
+
+
+@pytest.mark.django_db(transaction=True)
+def test_who_only_asks_is_not_looked_up(api, monkeypatch):
+    statements: list[str] = []
+    run = CursorWrapper.execute
+
+    def noted(self: Any, sql: Any, params: Any = None) -> Any:
+        statements.append(str(sql))
+        return run(self, sql, params)
+
+    monkeypatch.setattr(CursorWrapper, "execute", noted)
+    path = f"{API}{api('POST', API, {}).json()['id']}/messages/"
+    assert api("POST", path, {"text": "hi"}).status_code == 200
+    assert statements and not [sql for sql in statements if "axes" in sql]
