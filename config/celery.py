@@ -40,6 +40,8 @@ app.conf.beat_schedule = {
     # Staff are called for a hand-over even if the broker was away when it was opened.
     "announce-hand-overs": {"task": "conversations.tasks.announce_hand_overs", "schedule": 60.0},
     "mail-hand-overs": _every("conversations.tasks.mail_hand_overs_together", 60.0),
+    # An address is not kept for longer than it is needed, even if nobody signs in any more.
+    "forget-failed-tries": _every("conversations.tasks.forget_failed_tries", 300.0),
     # A job whose worker died is noticed after 30 s, and one that no worker was told of.
     "revive-jobs": _every("monitoring.tasks.revive", 30.0),
     "watch-canary": _every("monitoring.tasks.watch_canary", 60.0),

@@ -256,6 +256,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "csp",
+    "axes",
     "django_ratelimit",  # only for its checks of the cache
     "django_structlog",
     "monitoring",
@@ -322,6 +323,11 @@ AUTH_PASSWORD_VALIDATORS = [
         "CommonPasswordValidator",
         "NumericPasswordValidator",
     )
+]
+# The first looks at no password: it refuses an address that has to wait.
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
 ]
 LOGIN_URL = "/accounts/login/"
 LOGIN_REDIRECT_URL = LOGOUT_REDIRECT_URL = "/"
@@ -455,8 +461,22 @@ ASSISTANT_TOKENS_PER_DAY = env_whole(
 )
 # Twenty wrong passwords in five minutes is nobody who knows theirs, even behind a shared address.
 ASSISTANT_LOGIN_RATE = env_rate(
-    "ASSISTANT_LOGIN_RATE", "20/5m", "Tries to sign in per address and period, or off."
+    "ASSISTANT_LOGIN_RATE", "20/5m", "Failed tries to sign in per address and period, or off."
 )
+AXES_ENABLED = ASSISTANT_LOGIN_RATE is not None
+AXES_FAILURE_LIMIT = "conversations.signing_in.failure_limit"
+AXES_COOLOFF_TIME = "conversations.signing_in.cool_off"
+AXES_LOCKOUT_PARAMETERS = ["ip_address"]
+AXES_CLIENT_IP_CALLABLE = "conversations.signing_in.kept_address"
+# A database handler that keeps nothing of what was typed. No log of sign-ins is kept, which would
+# grow for ever, and none of our lines names a user or an address.
+AXES_HANDLER = "conversations.signing_in.FailedTries"
+AXES_DISABLE_ACCESS_LOG, AXES_ENABLE_ACCESS_FAILURE_LOG = True, False
+AXES_SENSITIVE_PARAMETERS, AXES_VERBOSE = ["username", "ip_address"], False
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False
+AXES_ENABLE_ADMIN = False  # conversations.admin has a list of what there is to see
+# Its middleware would put a page of its own in the place of ours: the login forms ask themselves.
+SILENCED_SYSTEM_CHECKS += ["axes.W002"]
 ASSISTANT_ANONYMOUS = env_flag(
     "ASSISTANT_ANONYMOUS", DEBUG, "Visitors may chat in the web page without signing in."
 )
@@ -926,12 +946,14 @@ if ASSISTANT_LOG_FORMAT == "json":
         "uvicorn": {"handlers": [], "propagate": True},
         "uvicorn.access": {"handlers": [], "propagate": True, "level": "WARNING"},
         "monitoring": {"level": "INFO"},
+        "axes": {"level": "WARNING"},  # else four lines for each sign-in
         "httpx2": {"level": "WARNING"},  # else each address asked, and some hold keys
     }
 else:
     LOGGING["loggers"] = {
         "monitoring.logs": {"level": "CRITICAL"},  # figures are for machines
         "django_structlog": {"level": "CRITICAL"},  # and so is a line for each request
+        "axes": {"level": "WARNING"},
         "httpx2": {"level": "WARNING"},
     }
 # The extra `observability` sends them; standard names, so that an agent's settings fit.

@@ -6,7 +6,7 @@ from django.contrib import admin
 from django.urls import include, path
 
 from conversations import reference, tokens, views
-from conversations.access import GuardedAdminLogin
+from conversations.signing_in import GuardedAdminLogin
 from monitoring import admin_overview
 from monitoring import views as health
 

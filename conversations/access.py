@@ -18,11 +18,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from django.conf import settings
-from django.contrib.admin.forms import AdminAuthenticationForm
 from django.contrib.auth import get_user
-from django.contrib.auth.forms import AuthenticationForm
 from django.contrib.auth.models import AnonymousUser
-from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponseBase
 from django.utils import timezone
 from django.utils.decorators import sync_and_async_middleware
@@ -38,9 +35,8 @@ from rest_framework.parsers import JSONParser
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
-from assistant.errors import RateLimited
 from conversations.compiled import Compiled
-from conversations.limits import Caller, client_address, request_id, take_login, traceparent
+from conversations.limits import Caller, client_address, request_id, traceparent
 from conversations.models import ApiToken
 
 #: Key inside the session; its value owns a visitor's conversations, across a new cookie at login.
@@ -116,27 +112,9 @@ class HasScope(BasePermission):
         return needed in held
 
 
-class GuardedLogin(AuthenticationForm):
-    """Django's, but the tries of one address are counted, before a password is looked at."""
-
-    def clean(self) -> dict[str, Any]:
-        meta = getattr(self.request, "META", {})
-        headers = getattr(self.request, "headers", {})
-        try:
-            take_login(_address(meta.get("REMOTE_ADDR", ""), headers))
-        except RateLimited as error:
-            self.wait_s = round(error.retry_after_s or 1)
-            raise ValidationError(error.message, "rate_limited") from None
-        return super().clean()
-
-
-class GuardedAdminLogin(GuardedLogin, AdminAuthenticationForm):
-    """The same for the admin's page, which also asks for staff."""
-
-
 def caller_of(request: Request) -> Caller:
     """The caller of an API request that ``HasCaller`` let through."""
-    address = _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+    address = address_of(request)
     languages = _languages(request.headers)
     if request.user.is_authenticated:
         return Caller(request.user.pk, address=address, languages=languages)
@@ -145,7 +123,7 @@ def caller_of(request: Request) -> Caller:
 
 def caller_of_page(request: HttpRequest) -> Caller | None:
     """The caller of a page; a visitor gets an id, unless visitors are not welcome."""
-    address = _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+    address = address_of(request)
     if request.user.is_authenticated:
         return Caller(request.user.pk, address=address)
     if not settings.ASSISTANT_ANONYMOUS:
@@ -209,8 +187,13 @@ def caller_by(shown: Credential, needed: str, address: str = "") -> Caller | Non
     return Caller(None, str(visitor), address) if visitor else None
 
 
+def address_of(request: HttpRequest | Request) -> str:
+    """The network a request comes from, whoever it belongs to."""
+    return _address(request.META.get("REMOTE_ADDR", ""), request.headers)
+
+
 def address_of_socket(scope: Mapping[str, Any]) -> str:
-    """The network a socket comes from, whoever it belongs to."""
+    """The same of a socket."""
     return _address((scope.get("client") or [""])[0], _headers_of(scope))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from axes.models import AccessAttempt
 from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
@@ -229,6 +230,24 @@ class FeedbackAdmin(CheapList):
         held = feedback.message.conversation
         path = reverse("admin:conversations_conversation_change", args=[held.pk])
         return format_html('<a href="{}">{}</a>', path, held)
+
+
+@admin.register(AccessAttempt)
+class FailedTryAdmin(CheapList):
+    """Who failed to sign in lately, by address; without its rows an address may try again."""
+
+    list_display = ["attempt_time", "ip_address", "path_info", "request_id"]
+    search_fields = ["ip_address"]
+    fields = ("attempt_time", "ip_address", "path_info", "request_id")
+    readonly_fields = fields
+    ordering = ["-attempt_time", "-id"]
+
+    @admin.display(description="request, as in the log")
+    def request_id(self, attempt: Any) -> str:
+        return str(attempt.user_agent)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return admin.ModelAdmin.has_delete_permission(self, request, obj)
 
 
 from conversations import handover_admin  # noqa: E402, F401  it needs the lists above

@@ -39,7 +39,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """At most ``quota`` units (requests, tries, tokens) in ``window_s`` seconds."""
+    """At most ``quota`` units (requests, tokens) in ``window_s`` seconds."""
 
     name: str
     quota: int
@@ -147,7 +147,7 @@ def _recent_of(limit: Limit) -> Recent:
     return Recent(limit)
 
 
-# --- One at a time: requests, tries --------------------------------------------------------------
+# --- One at a time: requests ---------------------------------------------------------------------
 
 
 def take(limit: Limit, key: str) -> Standing:

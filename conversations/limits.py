@@ -159,14 +159,9 @@ def take_conversation(caller: Caller) -> None:
         raise _too_many("conversations", _refusal(standing), [standing])
 
 
-def take_login(address: str) -> None:
-    """Count one try to sign in, by address: nobody locks others out. Raises: TooMany."""
-    rate = settings.ASSISTANT_LOGIN_RATE
-    if rate is None:
-        return
-    standing = counting.take(limit_of("login", rate), f"login:{address}")
-    if standing.refused:
-        raise _too_many("login", _refusal(standing), [standing])
+def login_refused(wait_s: int) -> str:
+    """What an address that failed to sign in too often is told; observers hear of it."""
+    return _too_many("login", f"Too many tries to sign in. Wait {wait_s} s.").message
 
 
 def _too_many(scope: str, message: str, standings: Sequence[Standing] = ()) -> TooMany:
@@ -187,8 +182,6 @@ def _refusal(standing: Standing) -> str:
     again = f"Try again in {standing.reset_s} s."
     per = _period(standing.limit.window_s)
     match standing.limit.name:
-        case "login":
-            return f"Too many tries to sign in. Wait {standing.reset_s} s."
         case "chat":
             return f"Too many questions: at most {standing.quota:,} {per}. {again}"
         case "conversations":

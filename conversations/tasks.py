@@ -11,7 +11,7 @@ from celery import Task, shared_task
 from django.conf import settings
 from django.utils import timezone
 
-from conversations import hooks
+from conversations import hooks, signing_in
 from conversations.models import HandOver, Message
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,12 @@ LOST_AFTER = timedelta(seconds=sum(HOOK_PAUSES_S)) + timedelta(minutes=15)
 def reap_stale_turns() -> int:
     """Mark answers whose process died; the number of them."""
     return Message.objects.reap()
+
+
+@shared_task  # type: ignore[untyped-decorator]
+def forget_failed_tries() -> int:
+    """Addresses from which nobody has failed to sign in lately; the number of rows."""
+    return signing_in.forget_failed_tries()
 
 
 def announce(asked: HandOver) -> None:

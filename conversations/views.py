@@ -45,7 +45,7 @@ from assistant import backends
 from assistant.errors import AssistantError, Conflict, InvalidRequest, NotFound
 from assistant.threads import waited
 from conversations import wire
-from conversations.access import VISITOR, GuardedLogin, caller_of, caller_of_page
+from conversations.access import VISITOR, caller_of, caller_of_page
 from conversations.idempotency import Once, run_once
 from conversations.inputs import (
     AgainBody,
@@ -64,6 +64,7 @@ from conversations.models import Conversation, Feedback, Message, note_siblings
 from conversations.opening import RESULT_FIELDS
 from conversations.resume import MAX_SEQ, Stored, reader_of
 from conversations.running import hurry, running, stop
+from conversations.signing_in import GuardedLogin
 from conversations.turn import Turn
 from fallback import answers, breaker
 

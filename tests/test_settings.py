@@ -52,6 +52,11 @@ def test_debug_false_as_a_word_is_false(tmp_path):
     assert loaded(tmp_path, "s.DEBUG").stdout == "False\n"
 
 
+def test_a_limit_that_is_off_is_off_for_axes_too(tmp_path):
+    assert loaded(tmp_path, "s.AXES_ENABLED").stdout == "True\n"
+    assert loaded(tmp_path, "s.AXES_ENABLED", ASSISTANT_LOGIN_RATE="off").stdout == "False\n"
+
+
 def test_a_clone_gets_a_key_of_its_own_and_keeps_it(tmp_path):
     first = loaded(tmp_path, "s.SECRET_KEY")
     again = loaded(tmp_path, "s.SECRET_KEY")

@@ -1,4 +1,4 @@
-"""API tokens: made on a page, shown once, held to their scopes, revoked; and tries to sign in."""
+"""API tokens: made on a page, shown once, held to their scopes, revoked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from knox.models import AuthToken
 
 from conversations.models import ApiToken, Conversation
 from conversations.tokens import MAX_TOKENS, issue
-from tests.conftest import PASSWORD
 from tests.conversations.conftest import API, Api, assert_problem
 
 pytestmark = pytest.mark.django_db
@@ -171,32 +170,3 @@ def test_a_socket_opens_only_for_a_token_that_may_chat(scopes, ana):
     key = issue(ana, "x", scopes)
     scope = {"headers": [(b"authorization", f"Bearer {key}".encode())], "client": ("::1", 1)}
     assert (caller_of_socket(scope) is not None) == ("chat" in scopes)
-
-
-# --- Signing in ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["/accounts/login/", "/admin/login/"])
-def test_tries_to_sign_in_are_counted_by_address(path, sam, settings):
-    settings.ASSISTANT_LOGIN_RATE = "3/h"
-    client = Client()
-    right = {"username": "sam", "password": PASSWORD}
-    for _ in range(3):
-        reply = client.post(path, {**right, "password": "wrong"})
-        assert reply.status_code == 200 and "Too many" not in reply.content.decode()
-    reply = client.post(path, right)
-    assert "Too many tries to sign in. Wait" in reply.content.decode()
-    assert "sessionid" not in client.cookies
-    elsewhere = Client(REMOTE_ADDR="192.0.2.9")
-    assert elsewhere.post(path, right).status_code == 302
-    settings.ASSISTANT_LOGIN_RATE = None
-    assert client.post(path, right).status_code == 302
-
-
-def test_the_limit_is_one_for_both_pages_and_says_429(sam, settings):
-    settings.ASSISTANT_LOGIN_RATE = "2/h"
-    client = Client()
-    wrong = {"username": "sam", "password": "wrong"}
-    for path in ("/accounts/login/", "/admin/login/"):
-        client.post(path, wrong)
-    assert client.post("/accounts/login/", wrong).status_code == 429

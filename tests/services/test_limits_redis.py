@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from django.core.cache import caches
+from django.test import Client as Browser
 
 from conversations import limits
 from conversations.limits import Caller, TooMany
@@ -135,15 +136,16 @@ def test_without_redis_tokens_are_counted_too(
 
 
 @ENDS
-def test_tries_to_sign_in_stay_limited_without_redis(
+@pytest.mark.django_db
+def test_tries_to_sign_in_are_counted_in_full_without_redis(
     end: Callable[[Redis], None], on_redis: Redis, settings: Any
 ):
+    """They are counted in the database."""
     settings.ASSISTANT_LOGIN_RATE = "8/h"
     end(on_redis)
-    limits.take_login("192.0.2.1")
-    limits.take_login("192.0.2.1")
-    with pytest.raises(TooMany, match="tries to sign in"):
-        limits.take_login("192.0.2.1")
+    page, form = Browser(), {"username": "ana", "password": "wrong"}
+    codes = [page.post("/accounts/login/", form).status_code for _ in range(9)]
+    assert codes == [200] * 8 + [429]
 
 
 def test_the_whole_limit_is_back_with_redis(on_redis):
