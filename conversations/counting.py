@@ -154,8 +154,8 @@ def take(limit: Limit, key: str) -> Standing:
     """Count one by ``key``, if the limit lets it. Sync: up to two calls of the cache."""
     recent = _recent_of(limit)
     own = recent.take(key)
-    if own.refused:
-        return own  # and the cache is spared the flood
+    if own.refused or not shared.elsewhere():
+        return own  # the cache is spared the flood, or it would only count the same once more
     try:
         usage = shared.ask(lambda _: _count_in_cache(limit, key))
     except shared.Away:
@@ -196,6 +196,8 @@ def look(limits: Sequence[Limit], key: str) -> list[Standing]:
     """Where ``key`` stands with each limit; nothing is counted. Sync: one call of the cache."""
     if not limits:
         return []
+    if not shared.elsewhere():
+        return [_recent_of(limit).look(key, limit.quota) for limit in limits]
     names = [_name(limit, key) for limit in limits]
     try:
         found = shared.ask(lambda cache: cache.get_many(names))
@@ -217,6 +219,8 @@ def spend(limits: Sequence[Limit], key: str, amount: int) -> None:
     """Count that amount, whatever is left. Sync: up to two calls of the cache for each limit."""
     for limit in limits:
         _recent_of(limit).add(key, amount)
+    if not shared.elsewhere():
+        return
 
     def count(cache: BaseCache) -> None:
         for limit in limits:

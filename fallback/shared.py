@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from django.core.cache import BaseCache, caches
+from django.core.cache.backends.locmem import LocMemCache
 from django.dispatch import Signal
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ def ask(operation: Callable[[BaseCache], T]) -> T:
         log.warning("the cache is away: %s", type(error).__name__)
         failed.send_robust(sender=Away, error=type(error).__name__)
         raise Away from error
+
+
+def elsewhere() -> bool:
+    """Whether what is kept there outlives this process, and others see it."""
+    return not isinstance(caches["default"], LocMemCache)
 
 
 def forget() -> None:
