@@ -179,9 +179,19 @@ def test_without_its_cache_the_limit_is_stricter_and_never_absent(failure, setti
         return {"count": 0, "limit": 0, "should_limit": True, "time_left": -1}
 
     monkeypatch.setattr(counting, "get_usage", away)
+    monkeypatch.setattr(counting.shared, "elsewhere", lambda: True)
     settings.ASSISTANT_RATE = "20/h"
     for _ in range(5):
         limits.take(Caller(1))
     with pytest.raises(RateLimited) as refused:
         limits.take(Caller(1))
     assert 1 <= refused.value.retry_after_s <= 3600
+
+
+def test_a_cache_that_nobody_else_sees_is_not_asked(settings, monkeypatch):
+    monkeypatch.setattr(counting, "get_usage", lambda *_, **__: pytest.fail("counted twice"))
+    settings.ASSISTANT_RATE = "20/h"
+    for _ in range(20):
+        limits.take(Caller(1))
+    with pytest.raises(RateLimited):
+        limits.take(Caller(1))
