@@ -193,7 +193,7 @@ def _stricter(own: Standing, left: int, reset_s: int, refused: bool) -> Standing
 
 
 def look(limits: Sequence[Limit], key: str) -> list[Standing]:
-    """Where ``key`` stands with each limit; nothing is counted. Sync: one call of the cache."""
+    """Where ``key`` stands with each limit; nothing is counted. Sync: a cache call at most."""
     if not limits:
         return []
     if not shared.elsewhere():
